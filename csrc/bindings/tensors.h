@@ -1,0 +1,109 @@
+// From torch tensors to the plain arguments of kernels.h. The only headers of torch that the project includes.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <optional>
+#include <tuple>
+
+#include "../kernels.h"
+
+#define FASTLM_LIBRARY(m) TORCH_LIBRARY_IMPL(fastlm, CPU, m)
+#define BACKEND "cpu"
+
+namespace fastlm {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Tasks are handed out one by one: threads that a neighbour slows down take fewer.
+inline void run_parallel(int64_t tasks, void (*task)(const void*, int64_t), const void* self) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(self, i);
+    }
+  });
+}
+
+inline Context context_of(const Tensor&) { return {&run_parallel, nullptr}; }
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "fastlm: no kernel takes ", t.scalar_type());
+  }
+}
+
+inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+// A tensor as rows of `cols` contiguous elements, `stride` elements apart; copied only if its leading
+// dimensions are not one even stride.
+struct Rows {
+  Tensor tensor;  // keeps a copy alive
+  int64_t rows = 0, cols = 0, stride = 0;
+  const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+};
+
+inline Rows rows_of(const Tensor& t) {
+  if (t.dim() == 0) return {t, 1, 1, 1};
+  const int64_t cols = t.size(-1), rows = cols == 0 ? 0 : t.numel() / cols;
+  if (rows == 0) return {t, rows, cols, cols};
+  bool even = cols == 1 || t.stride(-1) == 1;
+  int64_t stride = cols, inner = -1;  // inner: the last leading dimension of more than one element
+  for (int64_t d = t.dim() - 2; d >= 0 && even; --d) {
+    if (t.size(d) == 1) continue;
+    if (inner < 0) {
+      stride = t.stride(d);
+    } else {
+      even = t.stride(d) == t.stride(inner) * t.size(inner);
+    }
+    inner = d;
+  }
+  if (!even) return {t.contiguous(), rows, cols, cols};
+  return {t, rows, cols, stride};
+}
+
+inline Rows rows_of(const OptionalTensor& t) { return given(t) ? rows_of(*t) : Rows{}; }
+
+// A weight or bias as contiguous float32; `fill` where it was not given.
+inline Tensor parameter(const OptionalTensor& t, int64_t cols, const Tensor& like, float fill) {
+  if (given(t)) return t->to(at::kFloat).contiguous();
+  const auto options = like.options().dtype(at::kFloat);
+  return fill == 0 ? at::zeros({cols}, options) : at::ones({cols}, options);
+}
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return {p, p > 0 ? seed->const_data_ptr<int64_t>() : nullptr};
+}
+
+// A new contiguous tensor of t's shape, or an empty one where it is not wanted: functional ops may neither
+// return nothing nor alias their inputs.
+inline Tensor output_like(const Tensor& t, bool wanted = true) {
+  return wanted ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+}
+
+inline Tensor float_output(at::IntArrayRef sizes, const Tensor& like, bool wanted = true) {
+  return at::empty(wanted ? sizes : at::IntArrayRef{0}, like.options().dtype(at::kFloat));
+}
+
+inline void* data_or_null(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+inline float* floats_or_null(const Tensor& t) { return t.numel() ? t.mutable_data_ptr<float>() : nullptr; }
+
+}  // namespace fastlm

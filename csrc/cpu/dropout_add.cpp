@@ -1,0 +1,39 @@
+// dropout_add: one pass, bound by memory (floor: read x and residual, write y). A row is worked on in pieces
+// that stay in the first-level cache.
+#include "../kernels.h"
+#include "philox.h"
+#include "rows.h"
+
+namespace fastlm {
+namespace {
+
+constexpr int64_t kPiece = 1024;  // columns; a multiple of kPhiloxNumbers, 4 KB of float32
+
+template <class T>
+void piece(const DropoutAdd& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
+  float values[kPiece];
+  load_row(static_cast<const T*>(a.x) + row * a.x_stride + begin, n, values);
+  if (a.dropout.p > 0) scale.apply(row, begin, n, values);
+  T* y = static_cast<T*>(a.y) + row * a.cols + begin;
+  if (!a.residual) return store_row(values, n, y);
+  const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride + begin;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(values[j] + to_float(residual[j]));
+}
+
+}  // namespace
+
+void dropout_add(const Context& context, const DropoutAdd& a) {
+  const DropoutScale scale(a.dropout);
+  const int64_t pieces = divide_up(a.cols, kPiece);  // long rows are cut too: a 1-d tensor is one row
+  with_dtype(a.dtype, [&]<class T>() {
+    parallel_rows(context, a.rows * pieces, std::min(a.cols, kPiece), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = i % pieces * kPiece;
+        piece<T>(a, scale, i / pieces, begin, std::min(kPiece, a.cols - begin));
+      }
+    });
+  });
+}
+
+}  // namespace fastlm

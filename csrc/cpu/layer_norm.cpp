@@ -1,0 +1,178 @@
+// layer_norm: a row is brought to float32 once, stays in cache for its two sums (mean, then the squares around
+// it) and is written once. Bound by memory; floor: forward reads x (and residual) and writes y (and h),
+// backward reads dy (and dh) and h and writes dx (and dresidual).
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "../kernels.h"
+#include "philox.h"
+#include "rows.h"
+
+namespace fastlm {
+namespace {
+
+template <class T>
+const T* row_of(const void* base, int64_t stride, int64_t row) {
+  return base ? static_cast<const T*>(base) + row * stride : nullptr;
+}
+
+struct Statistics {
+  float mean, rstd;
+};
+
+Statistics statistics(const float* h, int64_t cols, float eps) {
+  float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < cols; ++j) sum += h[j];
+  const float mean = sum / static_cast<float>(cols);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t j = 0; j < cols; ++j) squares += (h[j] - mean) * (h[j] - mean);
+  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps)};
+}
+
+// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`.
+template <class T>
+const float* normed_row(const LayerNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
+  const T* x = row_of<T>(a.x, a.x_stride, row);
+  const T* residual = row_of<T>(a.residual, a.residual_stride, row);
+  if constexpr (std::is_same_v<T, float>) {
+    if (!a.h) return x;
+  }
+  load_row(x, a.cols, buffer);
+  if (a.dropout.p > 0) scale.apply(row, 0, a.cols, buffer);
+  if (residual) {
+#pragma omp simd
+    for (int64_t j = 0; j < a.cols; ++j) buffer[j] += to_float(residual[j]);
+  }
+  if (a.h) {
+    T* h = static_cast<T*>(a.h) + row * a.cols;
+#pragma omp simd
+    for (int64_t j = 0; j < a.cols; ++j) {
+      h[j] = from_float<T>(buffer[j]);
+      buffer[j] = to_float(h[j]);
+    }
+  }
+  return buffer;
+}
+
+template <class T>
+void normalise_row(const float* h, Statistics s, const float* weight, const float* bias, int64_t cols, T* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) {
+    y[j] = from_float<T>((h[j] - s.mean) * s.rstd * weight[j] + bias[j]);
+  }
+}
+
+// One row of dx and dresidual, and its addition to the sums of dweight and dbias.
+template <class T, bool kParameters>
+void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* buffer, float* sums) {
+  const int64_t cols = a.cols;
+  const T* dy = row_of<T>(a.dy, a.dy_stride, row);
+  const T* dh = row_of<T>(a.dh, a.dh_stride, row);
+  const T* h = row_of<T>(a.h, a.h_stride, row);
+  const float* weight = a.weight;
+  const float mean = a.mean[row], rstd = a.rstd[row];
+  float g_sum = 0, gn_sum = 0;
+  if (dy) {
+    float *dweight = sums, *dbias = sums + cols;
+#pragma omp simd reduction(+ : g_sum, gn_sum)
+    for (int64_t j = 0; j < cols; ++j) {
+      const float d = to_float(dy[j]);
+      const float n = (to_float(h[j]) - mean) * rstd;
+      const float g = d * weight[j];
+      g_sum += g;
+      gn_sum += g * n;
+      if constexpr (kParameters) {
+        dweight[j] += d * n;
+        dbias[j] += d;
+      }
+    }
+  }
+  if (!a.dx && !a.dresidual) return;
+  const float g_mean = g_sum / static_cast<float>(cols), gn_mean = gn_sum / static_cast<float>(cols);
+  T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
+  T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
+  if (dy) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const float n = (to_float(h[j]) - mean) * rstd;
+      const float g = to_float(dy[j]) * weight[j];
+      buffer[j] = rstd * (g - g_mean - n * gn_mean);
+    }
+  } else {
+    std::memset(buffer, 0, static_cast<size_t>(cols) * sizeof(float));
+  }
+  if (dh) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) buffer[j] += to_float(dh[j]);
+  }
+  if (dresidual) store_row(buffer, cols, dresidual);
+  if (!dx) return;
+  if (a.dropout.p > 0) scale.apply(row, 0, cols, buffer);
+  store_row(buffer, cols, dx);
+}
+
+// Adds the blocks' sums in their order; an output that is not wanted is skipped.
+void add_blocks(const Context& context, const LayerNormBackward& a, int64_t blocks) {
+  constexpr int64_t kColumns = 256;
+  float* outputs[2] = {a.dweight, a.dbias};
+  const int64_t pieces = divide_up(a.cols, kColumns);
+  parallel_tasks(context, blocks * a.cols < kTaskElements ? 1 : pieces, [&](int64_t index) {
+    const bool all = blocks * a.cols < kTaskElements;
+    const int64_t begin = all ? 0 : index * kColumns, end = all ? a.cols : std::min(a.cols, begin + kColumns);
+    for (int which = 0; which < 2; ++which) {
+      float* out = outputs[which];
+      if (!out) continue;
+      for (int64_t j = begin; j < end; ++j) out[j] = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const float* sums = a.partial + (2 * block + which) * a.cols;
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) out[j] += sums[j];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void layer_norm_forward(const Context& context, const LayerNormForward& a) {
+  const DropoutScale scale(a.dropout);
+  with_dtype(a.dtype, [&]<class T>() {
+    parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(a.cols)]);
+      for (int64_t row = first; row < last; ++row) {
+        const float* h = normed_row<T>(a, scale, row, buffer.get());
+        const Statistics s = statistics(h, a.cols, a.eps);
+        a.mean[row] = s.mean;
+        a.rstd[row] = s.rstd;
+        normalise_row<T>(h, s, a.weight, a.bias, a.cols, static_cast<T*>(a.y) + row * a.cols);
+      }
+    });
+  });
+}
+
+// At least 32 rows a block, so that adding the blocks up is 3% of the work; at most 64 blocks.
+int64_t layer_norm_blocks(int64_t rows) { return std::clamp<int64_t>(rows / 32, 1, 64); }
+
+void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
+  const DropoutScale scale(a.dropout);
+  const bool parameters = a.dweight || a.dbias;
+  const int64_t blocks = layer_norm_blocks(a.rows);
+  with_dtype(a.dtype, [&]<class T>() {
+    with_bool(parameters, [&]<bool kParameters>() {
+      parallel_tasks(context, blocks, [&](int64_t block) {
+        const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(a.cols)]);
+        float* sums = kParameters ? a.partial + 2 * block * a.cols : nullptr;
+        if (kParameters) std::memset(sums, 0, static_cast<size_t>(2 * a.cols) * sizeof(float));
+        const int64_t last = (block + 1) * a.rows / blocks;
+        for (int64_t row = block * a.rows / blocks; row < last; ++row) {
+          backward_row<T, kParameters>(a, scale, row, buffer.get(), sums);
+        }
+      });
+    });
+  });
+  if (parameters) add_blocks(context, a, blocks);
+}
+
+}  // namespace fastlm

@@ -1,0 +1,73 @@
+// THE CONTRACT: every native kernel's formula and signature, on raw pointers. csrc/cpu and csrc/cuda
+// implement it, csrc/bindings calls it. No torch here. All sums are taken in float32.
+//
+// Conventions, unless a struct says otherwise: rows are `cols` contiguous elements and start
+// `<name>_stride` elements apart; a null pointer means that an argument was not given or that an
+// output is not wanted; weights, biases and statistics are float32 whatever `dtype` is.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastlm {
+
+// How a kernel is run: on a CPU `parallel` runs task(self, i) once for every i in [0, tasks), maybe on
+// several threads and in any order; on a GPU `stream` is the cudaStream_t to launch on.
+struct Context {
+  void (*parallel)(int64_t tasks, void (*task)(const void* self, int64_t index), const void* self) = nullptr;
+  void* stream = nullptr;
+};
+
+// Philox4x32-10 dropout: the key is *seed; element (row, col) takes lane col & 3 of the block at counter
+// (col >> 2, row low, row high, 0) and is kept if u32 >= floor(p * 2^32); survivors are scaled by 1 / (1 - p).
+// p = 0 means no dropout, and then seed may be null.
+struct Dropout {
+  double p = 0;
+  const int64_t* seed = nullptr;
+};
+
+// h = dropout(x) + residual, rounded to dtype; y = (h - mean(h)) * rstd(h) * weight + bias,
+// rstd = 1 / sqrt(mean((h - mean)^2) + eps). h may be null if there is neither dropout nor residual.
+struct LayerNormForward {
+  DType dtype;
+  int64_t rows, cols;
+  const void *x, *residual;
+  int64_t x_stride, residual_stride;
+  const float *weight, *bias;  // [cols], never null
+  float eps;
+  Dropout dropout;
+  void *y, *h;         // [rows, cols], contiguous
+  float *mean, *rstd;  // [rows]
+};
+void layer_norm_forward(const Context& context, const LayerNormForward& a);
+
+// With g = dy * weight and n = (h - mean) * rstd: dresidual = rstd * (g - mean(g) - n * mean(g * n)) + dh;
+// dx = dropout's mask and scale applied to dresidual; dweight = sum(dy * n), dbias = sum(dy) over rows.
+// `partial` is scratch of layer_norm_blocks(rows) * 2 * cols floats: rows are cut by shape alone, so that
+// the sums do not depend on the number of threads.
+struct LayerNormBackward {
+  DType dtype;
+  int64_t rows, cols;
+  const void *dy, *dh, *h;  // dy or dh may be null, not both
+  int64_t dy_stride, dh_stride, h_stride;
+  const float *weight, *mean, *rstd;  // weight [cols], never null
+  Dropout dropout;
+  void *dx, *dresidual;     // [rows, cols], contiguous; either may be null
+  float *dweight, *dbias, *partial;
+};
+int64_t layer_norm_blocks(int64_t rows);
+void layer_norm_backward(const Context& context, const LayerNormBackward& a);
+
+// y = dropout(x) + residual. Its backward is the same kernel without a residual, applied to dy.
+struct DropoutAdd {
+  DType dtype;
+  int64_t rows, cols;
+  const void *x, *residual;
+  int64_t x_stride, residual_stride;
+  Dropout dropout;
+  void* y;  // [rows, cols], contiguous
+};
+void dropout_add(const Context& context, const DropoutAdd& a);
+
+}  // namespace fastlm

@@ -1,0 +1,39 @@
+"""explain: which backend would run a call, and why the others would not."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from . import _op, ops
+
+
+class Explanation(NamedTuple):
+    """chosen: the backend that the call would run on. reasons: backend -> None if it can, else why not."""
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {reason or 'can run'}" for name, reason in self.reasons.items()]
+        return "\n".join([f"runs on {self.chosen}", *lines])
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """Says which backend would run fastlm.ops.<op>(*args, **kwargs), without running it.
+
+    op: the op's name or its public function. The rest: its arguments.
+    Returns: Explanation; print it. Raises: ValueError for an unknown op, and what the op raises for bad input.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _op.OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(_op.OPS))}, got {name!r}")
+    bound = inspect.signature(getattr(ops, name)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = dict(bound.arguments)
+    backend = values.pop("backend")
+    if "seed" in values and values["seed"] is None:
+        values["seed"] = 0  # explaining must not draw from the random generator
+    declared = _op.OPS[name]
+    raw = declared.check(**values)
+    reasons = {b: declared.why_not(b, *raw) for b in _op.BACKENDS}
+    return Explanation(declared.choose(backend, raw), reasons)

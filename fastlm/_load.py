@@ -1,0 +1,52 @@
+"""Loads the native libraries, and remembers in one sentence why one is missing."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+REINSTALL = "reinstall with 'pip install --no-build-isolation -e .'"
+
+_FOLDER = Path(__file__).parent
+_ISA = {"AVX512": "avx512", "AVX2": "avx2"}
+
+
+def _build() -> dict:
+    """What setup.py wrote about its build: torch version, and per library the reason of a failure."""
+    file = _FOLDER / "_build.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _release(version: str) -> str:
+    """2.13 of 2.13.0+cpu: torch keeps its C++ interface within such a release."""
+    return ".".join(re.split(r"[.+]", version)[:2])
+
+
+def _load(library: str, build: dict) -> str | None:
+    """Loads fastlm.<library>; returns None, or why it could not."""
+    if library in build.get("failed", {}):
+        return f"fastlm.{library} was not built: {build['failed'][library]}; {REINSTALL}"
+    files = sorted(_FOLDER.glob(f"{library}.*"))
+    if not files:
+        return f"fastlm.{library} was not built; {REINSTALL}"
+    if _release(build.get("torch", "")) != _release(torch.__version__):
+        return f"rebuild: fastlm.{library} was built for torch {build.get('torch')}, running {torch.__version__}"
+    try:
+        torch.ops.load_library(str(files[0]))
+    except OSError as error:
+        return f"fastlm.{library} does not load ({str(error).splitlines()[0]}); {REINSTALL}"
+    return None
+
+
+def _load_all() -> dict[str, str | None]:
+    isa = _ISA.get(torch.backends.cpu.get_cpu_capability(), "default")
+    return {
+        "cpu": _load(f"_cpu_{isa}", _build()),
+        "cuda": "fastlm has no CUDA kernels yet",
+        "triton": "fastlm has no Triton kernels yet",
+    }
+
+
+ISA: str = _ISA.get(torch.backends.cpu.get_cpu_capability(), "default")
+MISSING: dict[str, str | None] = _load_all()  # backend -> None if it is loaded, else the reason

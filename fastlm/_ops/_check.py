@@ -1,0 +1,79 @@
+"""Words for bad input: each function returns what is fine and raises `op: argument must ..., got ...`."""
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def got(value) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def floating(op: str, name: str, t) -> None:
+    """t must be a dense floating tensor: no nested, quantised, sparse or complex one."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {t.dtype}")
+    if t.layout is not torch.strided or t.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {'nested' if t.is_nested else t.layout} one")
+
+
+def like(op: str, name: str, t, other: torch.Tensor, other_name: str) -> None:
+    """t must be a dense tensor of other's dtype, shape and device."""
+    floating(op, name, t)
+    if t.dtype != other.dtype or t.shape != other.shape or t.device != other.device:
+        raise ValueError(f"{op}: {name} must be like {other_name}, {got(other)}, got {got(t)}")
+
+
+def parameter(op: str, name: str, t, size: int, x: torch.Tensor) -> None:
+    """t must be None or a vector of `size` on x's device, in x's dtype or (x being half) float32."""
+    if t is None:
+        return
+    floating(op, name, t)
+    if t.dim() != 1 or t.shape[0] != size or t.device != x.device:
+        raise ValueError(f"{op}: {name} must have shape ({size},) on {x.device}, got {got(t)}")
+    if t.dtype != x.dtype and t.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be {x.dtype} as x or float32, got {t.dtype}")
+
+
+def probability(op: str, p) -> float:
+    """dropout_p must be in [0, 1)."""
+    if not isinstance(p, float | int) or isinstance(p, bool):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    return float(p)
+
+
+def number(op: str, name: str, value) -> float:
+    """value must be a finite number."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def choice(op: str, name: str, value, choices: tuple) -> None:
+    """value must be one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def dropout_seed(op: str, p: float, seed, x: torch.Tensor) -> torch.Tensor | None:
+    """The seed as int64 [1] on x's device: drawn there if None, made of an int; None where p is 0."""
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            raise ValueError(f"{op}: seed must be int64 of one element on {x.device}, got {got(seed)}")
+        return seed.reshape(1)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be None, a 64-bit int or an int64 tensor, got {seed!r}")
+    return torch.tensor([seed], dtype=torch.int64, device=x.device)

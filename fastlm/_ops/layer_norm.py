@@ -1,0 +1,135 @@
+"""layer_norm: y = (h - mean(h)) / sqrt(mean((h - mean(h))^2) + eps) * weight + bias over the last axis.
+
+h = dropout(x) + residual. Source: Ba, Kiros, Hinton, "Layer Normalization", https://arxiv.org/abs/1607.06450.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._op import Op
+from .._philox import row_scales
+from . import _check
+
+
+def reference(x, weight, bias, eps, residual, dropout_p, seed):
+    """(y, h) in plain PyTorch; half precision is computed in float32 and rounded once, h before it is read."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    h = x.to(wide)
+    if dropout_p > 0:
+        h = h * row_scales(seed, x.shape, dropout_p, wide)
+    if residual is not None:
+        h = h + residual.to(wide)
+    h = h.to(x.dtype)
+    n = h.to(wide)
+    n = n - n.mean(-1, keepdim=True)
+    y = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype), h
+
+
+def check(x, weight, bias, eps, residual, dropout_p, seed):
+    """The forward schema's arguments; raises TypeError or ValueError."""
+    op = "layer_norm"
+    _check.floating(op, "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must have a last axis of at least one element, got {_check.got(x)}")
+    _check.parameter(op, "weight", weight, x.shape[-1], x)
+    _check.parameter(op, "bias", bias, x.shape[-1], x)
+    if residual is not None:
+        _check.like(op, "residual", residual, x, "x")
+    eps = _check.number(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+    p = _check.probability(op, dropout_p)
+    return x, weight, bias, eps, residual, p, _check.dropout_seed(op, p, seed, x)
+
+
+def _contiguous(x, wanted=True):
+    return x.new_empty(x.shape if wanted else (0,))
+
+
+def _fake_forward(x, weight, bias, eps, residual, dropout_p, seed):
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return _contiguous(x), _contiguous(x, residual is not None or dropout_p > 0), mean, torch.empty_like(mean)
+
+
+def _fake_backward(dy, dh, x, h, weight, bias, mean, rstd, dropout_p, seed, needs):
+    dweight, dbias = (
+        x.new_empty((x.shape[-1] if need else 0,), dtype=torch.float32 if p is None else p.dtype)
+        for p, need in ((weight, needs[1]), (bias, needs[2]))
+    )
+    dx = _contiguous(x, needs[0] or (needs[3] and dropout_p == 0))
+    return dx, dweight, dbias, _contiguous(x, needs[3] and dropout_p > 0)
+
+
+def _shared_gradients(args, output_gradients, gradients):
+    return {"residual": gradients[0]} if args[5] == 0 else {}  # without dropout dresidual is dx
+
+
+OP = Op(
+    "layer_norm",
+    reference,
+    check=check,
+    forward=(
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, float dropout_p, Tensor? seed)"
+        " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+        _fake_forward,
+    ),
+    backward=(
+        "(Tensor? dy, Tensor? dh, Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        " float dropout_p, Tensor? seed, bool[4] needs)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+        _fake_backward,
+    ),
+    backends={"cpu": None},
+    shared_gradients=_shared_gradients,
+)
+
+
+class NormOutput(NamedTuple):
+    """What a norm with a residual returns: y, and h = dropout(x) + residual, the next residual."""
+
+    y: Tensor
+    h: Tensor
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: Literal["cuda", "triton", "cpu", "reference"] | None = None,
+) -> Tensor | NormOutput:
+    """Layer normalisation of the last axis, with the dropout and the residual addition before it in one pass.
+
+    h = dropout(x) + residual (rounded to x's dtype); y = (h - mean) / sqrt(variance + eps) * weight + bias, with
+    sums in float32. Differentiable in x, weight, bias and residual.
+
+    Args:
+        x: float32, float16, bfloat16 or float64, shape [..., cols].
+        weight, bias: [cols] in x's dtype, or float32 with a half-precision x; None: 1 and 0.
+        eps: added to the variance, so in units of x squared.
+        residual: x's shape, dtype and device.
+        dropout_p: probability in [0, 1) that an element of x is set to 0; applied whenever it is above 0.
+        seed: of the dropout mask: an int, an int64 tensor [1] on x's device, or None to draw one there.
+        backend: None chooses; a named backend runs it or raises.
+
+    Returns:
+        y, like x; with a residual NormOutput(y, h).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. NotImplementedError: `backend` refuses, with its reason.
+
+    Source: https://arxiv.org/abs/1607.06450.
+    """
+    y, h = OP(backend, check(x, weight, bias, eps, residual, dropout_p, seed))
+    return y if residual is None else NormOutput(y, h)

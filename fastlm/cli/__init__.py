@@ -1,0 +1,8 @@
+"""The command line: fastlm doctor, demo."""
+
+
+def main() -> None:
+    """Runs the command that the arguments name."""
+    from .app import app
+
+    app()
