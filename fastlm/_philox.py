@@ -43,7 +43,7 @@ def row_scales(seed: torch.Tensor, shape: torch.Size, p: float, dtype: torch.dty
     block = torch.arange((cols + 3) // 4, device=seed.device)[None, :]
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     words = philox(seed, (block + 0 * row, (row & _WORD) + 0 * block, (row >> 32) + 0 * block, zero))
-    return _scales(torch.stack(words, -1).reshape(rows, -1)[:, :cols], p, dtype).reshape(shape)
+    return _scales(torch.stack(words, -1).flatten(1)[:, :cols], p, dtype).reshape(shape)
 
 
 def attention_scales(seed: torch.Tensor, shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:

@@ -21,14 +21,21 @@ struct Statistics {
   float mean, rstd;
 };
 
+// The second pass also sums h - mean: that corrects the first mean's rounding, which a large offset makes large.
 Statistics statistics(const float* h, int64_t cols, float eps) {
-  float sum = 0, squares = 0;
+  const float n = static_cast<float>(cols);
+  float sum = 0, rest = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < cols; ++j) sum += h[j];
-  const float mean = sum / static_cast<float>(cols);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t j = 0; j < cols; ++j) squares += (h[j] - mean) * (h[j] - mean);
-  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps)};
+  const float mean = sum / n;
+#pragma omp simd reduction(+ : rest, squares)
+  for (int64_t j = 0; j < cols; ++j) {
+    const float d = h[j] - mean;
+    rest += d;
+    squares += d * d;
+  }
+  const float correction = rest / n;
+  return {mean + correction, 1.0f / std::sqrt(squares / n - correction * correction + eps)};
 }
 
 // h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`.

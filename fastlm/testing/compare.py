@@ -1,0 +1,109 @@
+"""The 2x rule: a kernel may be at most twice as far from float64 as the reference in the same precision is.
+
+max|got - ref64| <= 2 * max|low - ref64| + eps(dtype) * max(1, max|ref64|), for values and for gradients.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class KernelCalls(TorchDispatchMode):
+    """Records the names of the fastlm:: kernels that run inside it, such as "layer_norm.cpu"."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Notes a fastlm kernel and runs the call."""
+        if func.namespace == "fastlm":
+            self.names.append(str(func).removeprefix("fastlm."))
+        return func(*args, **(kwargs or {}))
+
+
+class Verdict(NamedTuple):
+    """What the 2x rule said of one tensor: ratio is error over what is allowed, so above 1 is wrong."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """Error over allowed error."""
+        return self.error / self.allowed if self.allowed > 0 else float(self.error > 0)
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3e}, allowed {self.allowed:.3e} ({self.ratio:.2f})"
+
+
+def _infinite(t: Tensor) -> Tensor:
+    return torch.nan_to_num(t, nan=3.0, posinf=2.0, neginf=1.0) * ~t.isfinite()
+
+
+def judge(name: str, got: Tensor, low: Tensor, ref: Tensor) -> Verdict:
+    """Judges `got` by the 2x rule; NaN and infinities must stand where the reference has them.
+
+    got: what the kernel computed. low: the reference in got's dtype. ref: the reference in float64. The tensors have
+    one shape. Returns: Verdict; its ratio is at most 1 if the rule holds.
+    """
+    if got.shape != ref.shape:
+        return Verdict(f"{name} has shape {tuple(got.shape)}, not {tuple(ref.shape)}", float("inf"), 1.0)
+    if got.dtype != low.dtype:
+        return Verdict(f"{name} is {got.dtype}, not {low.dtype}", float("inf"), 1.0)
+    if got.numel() == 0:
+        return Verdict(name, 0.0, 1.0)
+    precision = torch.finfo(got.dtype).eps
+    g, lo, r = (t.detach().to("cpu", torch.float64) for t in (got, low, ref))
+    if not torch.equal(_infinite(g), _infinite(lo)):
+        return Verdict(f"{name} has NaN or infinity in other places than the reference", float("inf"), 1.0)
+    finite = g.isfinite() & r.isfinite()
+    g, lo, r = (torch.where(finite, t, 0.0) for t in (g, lo, r))
+    allowed = 2 * (lo - r).abs().max() + precision * r.abs().max().clamp(min=1.0)
+    return Verdict(name, (g - r).abs().max().item(), allowed.item())
+
+
+def leaves(inputs: dict, differentiable: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
+    """Inputs as fresh leaves: floating tensors in `dtype` (None keeps theirs and their strides)."""
+    made = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach() if dtype is None else value.detach().to(dtype)
+            value.requires_grad_(name in differentiable)
+        made[name] = value
+    return made
+
+
+def run(op: Callable, inputs: dict, cotangents: list[Tensor] | None = None, **options) -> dict[str, Tensor]:
+    """Runs a public function forward and backward; returns its outputs and gradients by name.
+
+    cotangents: one per output, filled with random ones of the outputs' shapes if it comes empty.
+    """
+    result = op(**inputs, **options)
+    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+    named = {f"output {i}": o for i, o in enumerate(outputs)}
+    wanted = [t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
+    differentiable = [o for o in outputs if o.requires_grad]
+    if cotangents is None or not wanted or not differentiable:
+        return named
+    if not cotangents:
+        generator = torch.Generator().manual_seed(17)
+        cotangents.extend(torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in differentiable)
+    grads = [c.to(o.dtype) for c, o in zip(cotangents, differentiable, strict=True)]
+    found = torch.autograd.grad(differentiable, wanted, grads, allow_unused=True)
+    names = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad]
+    zero = [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
+    return named | {f"gradient of {n}": g for n, g in zip(names, zero, strict=True)}
+
+
+def verdicts(op: Callable, inputs: dict, differentiable: tuple[str, ...], backend: str) -> list[Verdict]:
+    """Judges every output and gradient of op(**inputs, backend=backend) by the 2x rule."""
+    cotangents: list[Tensor] = []
+    got = run(op, leaves(inputs, differentiable), cotangents, backend=backend)
+    low = run(op, leaves(inputs, differentiable), cotangents, backend="reference")
+    ref = run(op, leaves(inputs, differentiable, torch.float64), cotangents, backend="reference")
+    return [judge(name, got[name], low[name], ref[name]) for name in got]

@@ -1,0 +1,47 @@
+"""Every op on every backend in every case: values and gradients by the 2x rule, and the kernel really ran."""
+
+import pytest
+import torch
+
+import fastlm
+from fastlm import ops
+from fastlm._op import OPS
+from fastlm.testing.cases import Draw, cases_of
+from fastlm.testing.compare import KernelCalls, verdicts
+
+SEEDS = (0, 1, 2)
+
+
+def _points():
+    for name, op in OPS.items():
+        for case in cases_of(name)[0]:
+            for dtype in case.dtypes:
+                for backend in op.backends:
+                    short = str(dtype).removeprefix("torch.")
+                    yield pytest.param(name, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{short}")
+
+
+@pytest.mark.parametrize(("name", "backend", "case", "dtype"), list(_points()))
+def test_kernel_is_as_right_as_the_reference(name, backend, case, dtype):
+    public, differentiable = getattr(ops, name), cases_of(name)[1]
+    for seed in SEEDS:
+        inputs = case.inputs(Draw(seed, dtype))
+        refusal = fastlm.explain(name, **inputs).reasons[backend]
+        if refusal is not None:
+            with pytest.raises(NotImplementedError) as error:
+                public(**inputs, backend=backend)
+            assert str(error.value) == refusal
+            return
+        with KernelCalls() as calls:
+            found = verdicts(public, inputs, differentiable, backend)
+        assert f"{name}.{backend}" in calls.names
+        assert all(v.ratio <= 1 for v in found), "\n".join(map(str, found))
+        if any(v.name.startswith("gradient") for v in found) and OPS[name].backward:
+            assert f"{name}_backward.{backend}" in calls.names
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_case_is_refused_by_the_cpu_without_a_reason_in_its_limits(name):
+    for case in cases_of(name)[0]:
+        reason = fastlm.explain(name, **case.inputs(Draw(0, torch.float32))).reasons["cpu"]
+        assert reason is None or OPS[name].backends["cpu"] is not None, reason
