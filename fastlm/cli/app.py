@@ -31,7 +31,9 @@ def fastlm_command(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
-    markdown: Annotated[bool, typer.Option(help="Print the support matrix as Markdown, and nothing else.")] = False,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the support matrix as Markdown, and nothing else.")
+    ] = False,
 ) -> None:
     """Say what runs on this machine, or why not, and test every kernel against float64 (at most ten seconds)."""
     from . import doctor as examination
@@ -54,7 +56,9 @@ def demo(
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 40,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="The folder for report.json, loss.png, throughput.png.")] = Path("demo_out"),
+    out: Annotated[Path, typer.Option(help="The folder for report.json, loss.png, throughput.png.")] = Path(
+        "demo_out"
+    ),
 ) -> None:
     """Swap fastlm into a plain PyTorch GPT, prove that it computes the same, train both on real text, compare."""
     with one_line_errors("demo"):

@@ -36,13 +36,15 @@ class Options:
 def run(options: Options, console: Console) -> dict:
     """Does the whole job, prints it, writes its three files, and returns report.json's content.
 
-    Raises: CommandError where it cannot go on; then nothing is written.
+    Raises: CommandError where it cannot go on (then nothing is written), and where the losses moved apart.
     """
     device = _checked(options)
     with demo_files.staged(options.out) as folder:
         report = _measure(options, device, console)
         demo_files.write_results(folder, report)
-    console.print(f"\nWrote report.json, loss.png and throughput.png to {options.out}/", highlight=False)
+    _say(console, f"\nWrote report.json, loss.png and throughput.png to {options.out}/")
+    if not report["curves"]["together"]:
+        raise CommandError(f"the two models did not train alike: see {options.out}/loss.png")
     return report
 
 
@@ -56,7 +58,9 @@ def _checked(options: Options) -> torch.device:
         device = torch.device(options.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise CommandError(
+            f"--device {options.device} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -72,7 +76,7 @@ def _measure(options: Options, device: torch.device, console: Console) -> dict:
 
     patched = copy.deepcopy(original)
     swaps = fastlm.patch(patched)
-    console.print(f"\n{swaps}\n", highlight=False, markup=False)
+    _say(console, f"\n{swaps}\n")
     pairs = demo_text.batches(tokens, options.steps + 1, size.batch, size.context, SEED)
     pairs = ((x.to(device), y.to(device)) for x, y in pairs)
     first = next(pairs)
@@ -91,6 +95,10 @@ def _measure(options: Options, device: torch.device, console: Console) -> dict:
     report["sample"] = _sample(patched, tokenizer, tokens, device)
     _print_results(console, report)
     return report
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _facts(options: Options, device: torch.device, size: Size, text: str, tokens, model) -> dict:
@@ -114,15 +122,14 @@ def _facts(options: Options, device: torch.device, size: Size, text: str, tokens
 
 def _print_facts(console: Console, report: dict) -> None:
     text, model = report["text"], report["model"]
-    console.print(
+    _say(
+        console,
         f"Text: {text['source']}, {text['characters']:,} characters, {text['tokens']:,} tokens"
         f" of a vocabulary of {model['vocab']:,}\n"
         f"Model: examples/plain_gpt.py, {model['parameters'] / 1e6:.1f} million parameters, {model['layers']} layers"
         f" of {model['dim']}; {model['batch']} x {model['context']} tokens a step\n"
         f"Machine: {report['device']}, {report['instruction_set']}, {report['threads']} threads,"
         f" torch {report['torch']}",
-        highlight=False,
-        markup=False,
     )
 
 
@@ -130,11 +137,10 @@ def _proved(original, patched, pair, console: Console) -> dict:
     found = demo_train.parity(original, patched, *pair)
     worst = max(found, key=lambda v: v.ratio)
     passed = worst.ratio <= 1
-    console.print(
+    _say(
+        console,
         f"Parity with float64, {len(found)} tensors (logits, loss, gradients): {'passed' if passed else 'FAILED'};"
         f" the worst error is {worst.ratio:.2f} of what the 2x rule allows ({worst.name})",
-        highlight=False,
-        markup=False,
     )
     if not passed:
         raise CommandError(f"the patched model does not compute the same: {worst}")
@@ -151,26 +157,24 @@ def _trained(models: dict, pairs, steps: int, console: Console) -> dict[str, dem
 def _sample(model, tokenizer, tokens, device: torch.device) -> str:
     model.eval()
     prompt = tokens[:8].to(device).unsqueeze(0)
-    return tokenizer.decode(model.generate(prompt, SAMPLE_TOKENS)[0].tolist())
+    return tokenizer.decode(model.generate(prompt, SAMPLE_TOKENS)[0].tolist()).strip()
 
 
 def _print_results(console: Console, report: dict) -> None:
     baseline, ours, curves = report["baseline"], report["fastlm"], report["curves"]
     table = Table("", "torch.nn", "fastlm", "ratio")
-    for label, key, form in (("training tokens/s", "tokens_per_s", ",.0f"), ("peak memory, MB", "peak_mb", ",.0f")):
-        table.add_row(label, f"{baseline[key]:{form}}", f"{ours[key]:{form}}", f"{ours[key] / baseline[key]:.2f}")
-    first, last = (f"{report[s]['losses'][0]:.2f}" for s in ("baseline", "fastlm")), None
-    table.add_row("loss, first step", *first, "")
-    last = (f"{report[s]['losses'][-1]:.2f}" for s in ("baseline", "fastlm"))
-    table.add_row("loss, last step", *last, "")
+    for label, key in (("training tokens/s", "tokens_per_s"), ("peak memory, MB", "peak_mb")):
+        table.add_row(label, f"{baseline[key]:,.0f}", f"{ours[key]:,.0f}", f"{ours[key] / baseline[key]:.2f}")
+    for label, i in (("loss at the first step", 0), ("loss at the last step", -1)):
+        table.add_row(label, *(f"{side['losses'][i]:.2f}" for side in (baseline, ours)), "")
     console.print(table)
-    console.print(f"Peak memory: {report['peak_mb_is']}.", highlight=False)
+    _say(console, f"Peak memory: {report['peak_mb_is']}.")
     fell = {True: "Both losses fell", False: "NOT both losses fell", None: "Too few steps to see a loss fall"}
-    console.print(
+    _say(
+        console,
         f"{fell[curves['fell']]}; {'they stay together' if curves['together'] else 'they do NOT stay together'}"
         f" (mean distance {curves['mean_relative_distance']:.1%})",
-        highlight=False,
     )
     ran = ", ".join(f"{op} on {backend}" for op, backend in ours["backends"].items())
-    console.print(f"Ops of one step: {ran or 'none'}", highlight=False)
-    console.print(f"\nWritten by the patched model:\n{report['sample']}", highlight=False, markup=False)
+    _say(console, f"Ops of one step: {ran or 'none'}")
+    _say(console, f"\nWritten by the patched model:\n{report['sample']}")

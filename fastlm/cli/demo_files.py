@@ -69,7 +69,15 @@ def _draw_losses(file: Path, report: dict) -> None:
     figure, axes = _axes("The same model, the same batches: the loss falls alike", 7)
     steps = range(1, report["steps"] + 1)
     style = {"marker": "o", "markersize": 4}
-    axes.plot(steps, report["baseline"]["losses"], color=_BASELINE, linewidth=4, alpha=0.5, label="torch.nn", **style)
+    axes.plot(
+        steps,
+        report["baseline"]["losses"],
+        color=_BASELINE,
+        linewidth=4,
+        alpha=0.5,
+        label="torch.nn",
+        **style,
+    )
     axes.plot(steps, report["fastlm"]["losses"], color=_FASTLM, linewidth=1.5, label="fastlm", **style)
     axes.set(xlabel="training step", ylabel="cross-entropy (nats per token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -81,7 +89,10 @@ def _draw_losses(file: Path, report: dict) -> None:
 def _draw_throughput(file: Path, report: dict) -> None:
     figure, axes = _axes(f"fastlm trains {report['speedup']:.2f} times as fast", 5)
     rates = [report[side]["tokens_per_s"] for side in ("baseline", "fastlm")]
-    labels = [f"torch.nn\n{report['baseline']['peak_mb']:.0f} MB", f"fastlm\n{report['fastlm']['peak_mb']:.0f} MB"]
+    labels = [
+        f"torch.nn\n{report['baseline']['peak_mb']:.0f} MB",
+        f"fastlm\n{report['fastlm']['peak_mb']:.0f} MB",
+    ]
     bars = axes.bar(labels, rates, color=[_BASELINE, _FASTLM], width=0.6)
     axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
     axes.set(ylabel="training tokens per second", xlabel="implementation, and the peak memory of its process")

@@ -12,7 +12,9 @@ from .errors import CommandError
 
 STEPS = 3  # the optimiser's state is made in the first step, so the second already holds everything
 MEASURED = f"peak resident memory (VmHWM) of a process that trains the model {STEPS} steps, Python and torch included"
-MEASURED_CUDA = f"peak memory that torch allocated on the device in a process that trains the model {STEPS} steps"
+MEASURED_CUDA = (
+    f"peak memory that torch allocated on the device in a process that trains the model {STEPS} steps"
+)
 
 
 def peak_mb(side: str, size: Size, device: torch.device) -> float:

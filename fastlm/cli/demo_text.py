@@ -64,7 +64,9 @@ def encode(tokenizer, text: str, shortest: int) -> Tensor:
     return tokens
 
 
-def batches(tokens: Tensor, count: int, batch: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokens: Tensor, count: int, batch: int, context: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` pairs (tokens, the tokens after them), each int64 [batch, context], cut at random places."""
     generator = torch.Generator().manual_seed(seed)
     windows = tokens.unfold(0, context + 1, 1)

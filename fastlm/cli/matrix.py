@@ -24,5 +24,5 @@ def _cell(op: Op, backend: str) -> str:
 
 
 def _limits(op: Op) -> str:
-    told = [limits.__doc__.splitlines()[0].rstrip(".") for limits in op.backends.values() if limits and limits.__doc__]
-    return "; ".join(dict.fromkeys(told))
+    told = [limits.__doc__ or "" for limits in op.backends.values() if limits]
+    return "; ".join(dict.fromkeys(text.splitlines()[0].rstrip(".") for text in told if text))

@@ -47,7 +47,9 @@ class PlainGPT(nn.Module):
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
+        )
         self.head = nn.Linear(dim, vocab)
         self.loss = nn.CrossEntropyLoss()
         mask = nn.Transformer.generate_square_subsequent_mask(context)
