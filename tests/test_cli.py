@@ -1,4 +1,4 @@
-"""The commands: what doctor says, and how every failure of demo ends in one line and leaves nothing behind."""
+"""The commands: what doctor says, and that a failure of demo is one line and leaves nothing behind."""
 
 import errno
 import json

@@ -1,5 +1,6 @@
 """The demo: one small run of the whole job, and the checks that it rests on."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,7 @@ def small_text(tmp_path_factory):
 def small_run(small_text, tmp_path_factory):
     """(report.json's content, its folder, what was printed) of a run of two steps."""
     out = tmp_path_factory.mktemp("demo")
-    console = Console(record=True, quiet=True)
+    console = Console(record=True, file=io.StringIO())
     demo.run(demo.Options(text=small_text, steps=2, out=out, size=SMALL), console)
     return json.loads((out / "report.json").read_text()), out, console.export_text()
 

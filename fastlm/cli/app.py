@@ -35,7 +35,7 @@ def doctor(
         bool, typer.Option(help="Print the support matrix as Markdown, and nothing else.")
     ] = False,
 ) -> None:
-    """Say what runs on this machine, or why not, and test every kernel against float64 (at most ten seconds)."""
+    """Say what runs on this machine, or why not, and test every kernel against float64, for ten seconds."""
     from . import doctor as examination
     from .matrix import support_matrix
 
@@ -60,7 +60,7 @@ def demo(
         "demo_out"
     ),
 ) -> None:
-    """Swap fastlm into a plain PyTorch GPT, prove that it computes the same, train both on real text, compare."""
+    """Swap fastlm into a plain PyTorch GPT, prove it computes the same, train both on real text, compare."""
     with one_line_errors("demo"):
         from . import demo as job
 

@@ -1,4 +1,4 @@
-"""fastlm demo: swap fastlm into a plain PyTorch language model, prove it computes the same, train both, compare."""
+"""fastlm demo: swap fastlm into a plain language model, prove it computes the same, train both, compare."""
 
 import copy
 import platform
@@ -126,8 +126,8 @@ def _print_facts(console: Console, report: dict) -> None:
         console,
         f"Text: {text['source']}, {text['characters']:,} characters, {text['tokens']:,} tokens"
         f" of a vocabulary of {model['vocab']:,}\n"
-        f"Model: examples/plain_gpt.py, {model['parameters'] / 1e6:.1f} million parameters, {model['layers']} layers"
-        f" of {model['dim']}; {model['batch']} x {model['context']} tokens a step\n"
+        f"Model: examples/plain_gpt.py, {model['parameters'] / 1e6:.1f} million parameters,"
+        f" {model['layers']} layers of {model['dim']}; {model['batch']} x {model['context']} tokens a step\n"
         f"Machine: {report['device']}, {report['instruction_set']}, {report['threads']} threads,"
         f" torch {report['torch']}",
     )
@@ -139,8 +139,8 @@ def _proved(original, patched, pair, console: Console) -> dict:
     passed = worst.ratio <= 1
     _say(
         console,
-        f"Parity with float64, {len(found)} tensors (logits, loss, gradients): {'passed' if passed else 'FAILED'};"
-        f" the worst error is {worst.ratio:.2f} of what the 2x rule allows ({worst.name})",
+        f"Parity with float64, {len(found)} tensors (logits, loss, gradients):"
+        f" {'passed' if passed else 'FAILED'}; the worst error is {worst.ratio:.2f} of what the 2x rule allows ({worst.name})",
     )
     if not passed:
         raise CommandError(f"the patched model does not compute the same: {worst}")
@@ -172,7 +172,7 @@ def _print_results(console: Console, report: dict) -> None:
     fell = {True: "Both losses fell", False: "NOT both losses fell", None: "Too few steps to see a loss fall"}
     _say(
         console,
-        f"{fell[curves['fell']]}; {'they stay together' if curves['together'] else 'they do NOT stay together'}"
+        f"{fell[curves['fell']]}; they {'stay' if curves['together'] else 'do NOT stay'} together"
         f" (mean distance {curves['mean_relative_distance']:.1%})",
     )
     ran = ", ".join(f"{op} on {backend}" for op, backend in ours["backends"].items())

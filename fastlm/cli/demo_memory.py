@@ -11,10 +11,9 @@ from .demo_model import Size, make_model, make_optimizer, train_step
 from .errors import CommandError
 
 STEPS = 3  # the optimiser's state is made in the first step, so the second already holds everything
-MEASURED = f"peak resident memory (VmHWM) of a process that trains the model {STEPS} steps, Python and torch included"
-MEASURED_CUDA = (
-    f"peak memory that torch allocated on the device in a process that trains the model {STEPS} steps"
-)
+_CHILD = f"a process that trains this model for {STEPS} steps and does nothing else"
+MEASURED = f"the peak resident memory (VmHWM) of {_CHILD}, Python and torch included"
+MEASURED_CUDA = f"the peak of what torch allocated on the device in {_CHILD}"
 
 
 def peak_mb(side: str, size: Size, device: torch.device) -> float:

@@ -42,7 +42,7 @@ def _help_topics() -> str:
 
 
 def train_tokenizer(text: str, vocab: int):
-    """A byte-level byte-pair tokenizers.Tokenizer of at most `vocab` tokens (fewer if the text gives no more)."""
+    """A byte-level byte-pair tokenizers.Tokenizer of `vocab` tokens, or as many as the text gives."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

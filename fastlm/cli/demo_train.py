@@ -57,7 +57,7 @@ class Run:
 def train_in_turn(
     models: dict[str, nn.Module], pairs: Iterable[tuple[Tensor, Tensor]], done: Callable[[], None]
 ) -> dict[str, Run]:
-    """Trains every model on the same batches, batch by batch in alternating order; calls `done` after each batch."""
+    """Trains every model on the same batches, in turn and in alternating order; calls `done` after each."""
     runs = {name: Run() for name in models}
     optimizers = {name: make_optimizer(model) for name, model in models.items()}
     order = list(models)
@@ -72,7 +72,7 @@ def train_in_turn(
 
 
 def curves(baseline: list[float], fastlm: list[float]) -> dict[str, float | bool | None]:
-    """Whether both losses fell (None below 10 steps) and stayed together (mean distance at most 5% of the loss)."""
+    """Whether both losses fell (None below 10 steps) and stayed together (mean distance at most 5%)."""
     gap = statistics.fmean(abs(a - b) for a, b in zip(baseline, fastlm, strict=True)) / statistics.fmean(
         baseline
     )

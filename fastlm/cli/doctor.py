@@ -15,7 +15,7 @@ import fastlm
 
 from .. import _load, ops
 from .._op import BACKENDS, OPS
-from ..testing.cases import DTYPES, Draw, cases_of
+from ..testing.cases import Draw, cases_of
 from ..testing.compare import verdicts
 
 LIMIT_S = 10.0  # of the self-test: checks that do not fit are counted as not done
@@ -65,7 +65,7 @@ def self_test(limit_s: float) -> dict:
 
 
 def _planned() -> list[tuple]:
-    """(op, backend, case, dtype): the first cases of all ops come first, so that a short test still meets them all."""
+    """(op, backend, case, dtype): every op's first case comes first, so that a short test meets all ops."""
     found = []
     for op, declared in OPS.items():
         for turn, case in enumerate(cases_of(op)[0]):

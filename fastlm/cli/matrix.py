@@ -7,7 +7,7 @@ _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f6
 
 
 def support_matrix() -> str:
-    """A Markdown table, one row per op and one column per backend; it says nothing of the machine it runs on."""
+    """A Markdown table, one row per op and one column per backend; the same on every machine."""
     rows = [["op", *BACKENDS, "the kernels leave to the reference"], ["---"] * (len(BACKENDS) + 2)]
     for name, op in sorted(OPS.items()):
         rows.append([f"`{name}`", *(_cell(op, backend) for backend in BACKENDS), _limits(op)])

@@ -28,7 +28,7 @@ class PositionalEncoding(nn.Module):
 class PlainGPT(nn.Module):
     """Embedding, positional encoding, pre-norm Transformer layers under a causal mask, and a linear head.
 
-    vocab: number of tokens. dim: width, a multiple of heads and of 2. context: the longest sequence, in tokens.
+    vocab: number of tokens. dim: width, even, a multiple of heads. context: the longest sequence, in tokens.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PlainGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, temperature: float = 0.8, top_k: int = 40) -> Tensor:
-        """Draws `count` more tokens, each from the `top_k` likeliest; tokens: int64 [batch, seq] with seq >= 1."""
+        """Draws `count` more tokens, each from the `top_k` likeliest; tokens: int64 [batch, seq >= 1]."""
         for _ in range(count):
             logits = self(tokens[:, -self.context :])[:, -1] / temperature
             likeliest, index = logits.topk(min(top_k, logits.shape[-1]))
