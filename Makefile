@@ -34,6 +34,9 @@ test: setup
 test-slow: setup
 	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
 
+bench: setup
+	@$(PYTHON) benchmarks/bench_ops.py
+
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
