@@ -1,6 +1,6 @@
 """fastlm's CPU kernels against torch eager, op by op: forward + backward, interleaved in one process.
 
-Run: make bench. Prints medians and ratios; a ratio above 1 means that fastlm is faster. These machines are shared:
+Run: make bench. Prints medians and ratios; above 1 means that fastlm is faster. These machines are shared:
 believe ratios, not times. Both sides allocate as torch does by default.
 """
 
