@@ -2,7 +2,7 @@
 
 from .._op import _DTYPES, BACKENDS, OPS, Op
 
-BEGIN, END = "<!-- support matrix: fastlm doctor --markdown -->", "<!-- end of the support matrix -->"
+BEGIN, END = "<!-- matrix:start -->", "<!-- matrix:end -->"
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
 
 
