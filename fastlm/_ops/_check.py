@@ -78,3 +78,20 @@ def dropout_seed(op: str, p: float, seed, x: torch.Tensor) -> torch.Tensor | Non
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must be None, a 64-bit int or an int64 tensor, got {seed!r}")
     return torch.tensor([seed], dtype=torch.int64, device=x.device)
+
+
+def attention_mask(op: str, mask, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """The mask as a view of `shape`: it must be a dense boolean tensor that broadcasts to it."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
+        raise TypeError(f"{op}: mask must be a boolean tensor (True = attend), got {got(mask)}")
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.dim() > len(shape) or mask.device != device or any(m not in (1, s) for m, s in sizes):
+        raise ValueError(f"{op}: mask must broadcast to {tuple(shape)} on {device}, got {got(mask)}")
+    return mask.expand(shape)
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Whether the numbers in t can be looked at: an eager CPU tensor, not a traced, fake or vmapped one."""
+    if torch.compiler.is_compiling() or t.device.type != "cpu":
+        return False
+    return type(t) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
