@@ -41,6 +41,15 @@ def parameter(op: str, name: str, t, size: int, x: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {x.dtype} as x or float32, got {t.dtype}")
 
 
+def weight(op: str, name: str, t, size: int, meaning: str, x: torch.Tensor) -> None:
+    """t must be a matrix [any, size] of x's dtype and device; size is what `meaning` says."""
+    floating(op, name, t)
+    if t.dim() != 2 or t.shape[1] != size or t.device != x.device:
+        raise ValueError(f"{op}: {name} must have {size} columns, {meaning}, on {x.device}, got {got(t)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} as x, got {t.dtype}")
+
+
 def probability(op: str, p) -> float:
     """dropout_p must be in [0, 1)."""
     if not isinstance(p, float | int) or isinstance(p, bool):
