@@ -20,8 +20,8 @@ struct Context {
 };
 
 // Philox4x32-10 dropout: the key is *seed; element (row, col) takes lane col & 3 of the block at counter
-// (col >> 2, row low, row high, 0) and is kept if u32 >= floor(p * 2^32); survivors are scaled by 1 / (1 - p).
-// p = 0 means no dropout, and then seed may be null.
+// (col >> 2, row low, row high, 0) and is kept if u32 >= floor(p * 2^32); survivors are scaled by 1 / (1 -
+// p). p = 0 means no dropout, and then seed may be null.
 struct Dropout {
   double p = 0;
   const int64_t* seed = nullptr;
@@ -53,7 +53,7 @@ struct LayerNormBackward {
   int64_t dy_stride, dh_stride, h_stride;
   const float *weight, *mean, *rstd;  // weight [cols], never null
   Dropout dropout;
-  void *dx, *dresidual;     // [rows, cols], contiguous; either may be null
+  void *dx, *dresidual;  // [rows, cols], contiguous; either may be null
   float *dweight, *dbias, *partial;
 };
 int64_t layer_norm_blocks(int64_t rows);
@@ -70,8 +70,8 @@ struct DropoutAdd {
 };
 void dropout_add(const Context& context, const DropoutAdd& a);
 
-// gelu(z) = z * (1 + erf(z / sqrt(2))) / 2; gelu_tanh(z) = z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715 z^3);
-// relu(z) = max(z, 0), NaN for NaN; silu(z) = z * sigmoid(z).
+// gelu(z) = z * (1 + erf(z / sqrt(2))) / 2; gelu_tanh(z) = z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715
+// z^3); relu(z) = max(z, 0), NaN for NaN; silu(z) = z * sigmoid(z).
 enum class Activation : int32_t { kGelu, kGeluTanh, kRelu, kSilu };
 
 // y = dropout(act(x + bias)).
@@ -87,8 +87,9 @@ struct BiasAct {
 };
 void bias_act(const Context& context, const BiasAct& a);
 
-// dx = act'(x + bias) * dropout's mask and scale applied to dy; dbias = sum(dx) over rows, before dx is rounded.
-// `partial` is scratch of bias_act_blocks(rows) * cols floats, needed with dbias: rows are cut by shape alone.
+// dx = act'(x + bias) * dropout's mask and scale applied to dy; dbias = sum(dx) over rows, before dx is
+// rounded. `partial` is scratch of bias_act_blocks(rows) * cols floats, needed with dbias: rows are cut by
+// shape alone.
 struct BiasActBackward {
   DType dtype;
   Activation activation;

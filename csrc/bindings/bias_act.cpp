@@ -21,9 +21,15 @@ Tensor forward(const Tensor& x, const OptionalTensor& bias, c10::string_view act
                const OptionalTensor& seed) {
   const Rows in = rows_of(x);
   const Tensor b = bias_of(bias), y = output_like(x);
-  bias_act(context_of(x), {.dtype = dtype_of(x), .activation = activation_of(activation), .rows = in.rows,
-                           .cols = in.cols, .x = in.data(), .x_stride = in.stride, .bias = bias_data(b),
-                           .dropout = dropout_of(dropout_p, seed), .y = y.mutable_data_ptr()});
+  bias_act(context_of(x), {.dtype = dtype_of(x),
+                           .activation = activation_of(activation),
+                           .rows = in.rows,
+                           .cols = in.cols,
+                           .x = in.data(),
+                           .x_stride = in.stride,
+                           .bias = bias_data(b),
+                           .dropout = dropout_of(dropout_p, seed),
+                           .y = y.mutable_data_ptr()});
   return y;
 }
 
@@ -34,11 +40,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Opt
   const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
   const Tensor dbias = float_output({in.cols}, x, needs[1]);
   const Tensor partial = float_output({bias_act_blocks(in.rows), in.cols}, x, needs[1]);
-  bias_act_backward(context_of(x), {
-      .dtype = dtype_of(x), .activation = activation_of(activation), .rows = in.rows, .cols = in.cols,
-      .dy = gy.data(), .x = in.data(), .dy_stride = gy.stride, .x_stride = in.stride, .bias = bias_data(b),
-      .dropout = dropout_of(dropout_p, seed), .dx = data_or_null(dx), .dbias = floats_or_null(dbias),
-      .partial = floats_or_null(partial)});
+  bias_act_backward(context_of(x), {.dtype = dtype_of(x),
+                                    .activation = activation_of(activation),
+                                    .rows = in.rows,
+                                    .cols = in.cols,
+                                    .dy = gy.data(),
+                                    .x = in.data(),
+                                    .dy_stride = gy.stride,
+                                    .x_stride = in.stride,
+                                    .bias = bias_data(b),
+                                    .dropout = dropout_of(dropout_p, seed),
+                                    .dx = data_or_null(dx),
+                                    .dbias = floats_or_null(dbias),
+                                    .partial = floats_or_null(partial)});
   return {dx, given(bias) ? dbias.to(bias->scalar_type()) : dbias};
 }
 

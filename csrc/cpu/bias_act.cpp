@@ -1,5 +1,6 @@
-// bias_act: one pass, bound by memory (floor: forward reads x and writes y, backward reads dy and x and writes
-// dx). A row is worked on in pieces that stay in the first-level cache; backward computes the activation again.
+// bias_act: one pass, bound by memory (floor: forward reads x and writes y, backward reads dy and x and
+// writes dx). A row is worked on in pieces that stay in the first-level cache; backward computes the
+// activation again.
 #include <algorithm>
 #include <cmath>
 
@@ -34,7 +35,8 @@ struct Sigmoid {
 };
 
 struct GeluTanh {
-  static constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;  // 2 sqrt(2 / pi), that times 0.044715
+  static constexpr float kLinear = 1.59576912f,
+                         kCubic = 0.0713548163f;  // 2 sqrt(2 / pi), that times 0.044715
   static float value(float z) { return z * Sigmoid(z * (kLinear + kCubic * (z * z))).value; }
   static float gradient(float z, float g) {
     const float square = z * z;
@@ -91,8 +93,8 @@ void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int
 
 // sums: where to add the piece of dbias, or null.
 template <class T, class Act>
-void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n,
-                    float* sums) {
+void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t row, int64_t begin,
+                    int64_t n, float* sums) {
   float z[kPiece], grads[kPiece];
   load_biased<T>(a.x, row * a.x_stride + begin, a.bias ? a.bias + begin : nullptr, n, z);
   load_row(static_cast<const T*>(a.dy) + row * a.dy_stride + begin, n, grads);
