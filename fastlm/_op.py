@@ -149,7 +149,7 @@ class Op:
         return _as_tuple(self.forward[chosen](*args))[: self.public]
 
     def run_reference(self, args: Sequence) -> tuple:
-        """The reference on the forward schema's arguments, outside autocast (the public function has cast)."""
+        """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
         return _as_tuple(_outside_autocast(self.reference, args))
 
     def reference_gradients(self, args: Sequence, output_gradients: Sequence, needs: Sequence[bool]) -> list:
