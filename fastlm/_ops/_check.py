@@ -77,3 +77,10 @@ def dropout_seed(op: str, p: float, seed, x: torch.Tensor) -> torch.Tensor | Non
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must be None, a 64-bit int or an int64 tensor, got {seed!r}")
     return torch.tensor([seed], dtype=torch.int64, device=x.device)
+
+
+def readable(t: torch.Tensor) -> bool:
+    """Whether the values in t may be looked at: on a CPU, eagerly, outside torch.func; never a device wait."""
+    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.device.type != "cpu":
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
