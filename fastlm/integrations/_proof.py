@@ -86,7 +86,8 @@ def refusal(
             with torch.autocast(device.type, enabled=False):
                 return _first_difference(module, trials, before, after)
     except Exception as error:  # of whatever the module's own parts do on inputs that were made up here
-        return f"its proof did not run: {type(error).__name__}: {str(error).splitlines()[0]}"
+        words = (str(error).splitlines() or [""])[0][:200]
+        return f"its proof did not run: {type(error).__name__}: {words}"
 
 
 def _first_difference(module, trials, before, after) -> str | None:

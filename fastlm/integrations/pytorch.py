@@ -130,6 +130,15 @@ def _subclass_reason(module: nn.Module) -> str | None:
     return None
 
 
+def _parts_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module), each module once, after all its parts: a whole is proved with its new parts."""
+    seen.add(module)
+    for part_name, part in module.named_children():
+        if part not in seen:
+            yield from _parts_first(part, f"{name}.{part_name}" if name else part_name, seen)
+    yield name, module
+
+
 def patch(model: nn.Module) -> Report:
     """Swaps the torch.nn modules of a model for their fastlm twins, in place, each after a proof.
 
@@ -166,8 +175,6 @@ def patch(model: nn.Module) -> Report:
         elif adapter is not None:
             report.swapped.append(Swap(name, module, type(module), adapter.new))
             module.__class__ = adapter.new
-    report.swapped.reverse()
-    report.left_alone.reverse()
     return report
 
 
