@@ -1,8 +1,9 @@
 """fastlm: fused Transformer kernels behind one contract with a plain PyTorch reference."""
 
-from . import ops
+from . import nn, ops
 from ._explain import explain
 from ._op import use_backend
+from .integrations.pytorch import patch, patched
 
 __version__ = "0.1.0"
-__all__ = ["explain", "ops", "use_backend"]
+__all__ = ["explain", "nn", "ops", "patch", "patched", "use_backend"]

@@ -9,6 +9,7 @@ takes dy; a forward argument x has a gradient where the backward schema returns 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -148,9 +149,9 @@ class Op:
         return _as_tuple(self.forward[chosen](*args))[: self.public]
 
     def run_reference(self, args: Sequence) -> tuple:
-        """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
+        """The reference on the forward schema's arguments, outside autocast (the public function has cast)."""
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta
             with torch.autocast(device, enabled=False):
                 return _as_tuple(self.reference(*args))
         return _as_tuple(self.reference(*args))
@@ -188,6 +189,14 @@ def _as_tuple(value) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
+def _outside_autocast(function: Callable, args: Sequence):
+    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+    return function(*args)
+
+
 def _any_requires_grad(args: Sequence) -> bool:
     for a in args:
         if isinstance(a, torch.Tensor) and a.requires_grad:
@@ -200,7 +209,8 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], bod
     _LIBRARY.define(f"{name}.{backend}{schema}")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
     if body is not None:
-        _LIBRARY.impl(f"{name}.{backend}", lambda *args: body(backend, *args), _KEYS[backend])
+        run = partial(body, backend)
+        _LIBRARY.impl(f"{name}.{backend}", lambda *args: _outside_autocast(run, args), _KEYS[backend])
     return getattr(getattr(torch.ops.fastlm, name), backend)
 
 

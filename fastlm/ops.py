@@ -1,6 +1,21 @@
 """The public functions, one per op; each also takes `backend=`."""
 
+from ._ops.attention import AttentionOutput, attention
+from ._ops.bias_act import bias_act
+from ._ops.cross_entropy import cross_entropy
 from ._ops.dropout_add import dropout_add
+from ._ops.feed_forward import feed_forward
 from ._ops.layer_norm import NormOutput, layer_norm
+from ._ops.softmax import softmax
 
-__all__ = ["NormOutput", "dropout_add", "layer_norm"]
+__all__ = [
+    "AttentionOutput",
+    "NormOutput",
+    "attention",
+    "bias_act",
+    "cross_entropy",
+    "dropout_add",
+    "feed_forward",
+    "layer_norm",
+    "softmax",
+]

@@ -41,6 +41,15 @@ def parameter(op: str, name: str, t, size: int, x: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {x.dtype} as x or float32, got {t.dtype}")
 
 
+def weight(op: str, name: str, t, size: int, meaning: str, x: torch.Tensor) -> None:
+    """t must be a matrix [any, size] of x's dtype and device; size is what `meaning` says."""
+    floating(op, name, t)
+    if t.dim() != 2 or t.shape[1] != size or t.device != x.device:
+        raise ValueError(f"{op}: {name} must have {size} columns, {meaning}, on {x.device}, got {got(t)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} as x, got {t.dtype}")
+
+
 def probability(op: str, p) -> float:
     """dropout_p must be in [0, 1)."""
     if not isinstance(p, float | int) or isinstance(p, bool):
@@ -78,3 +87,27 @@ def dropout_seed(op: str, p: float, seed, x: torch.Tensor) -> torch.Tensor | Non
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must be None, a 64-bit int or an int64 tensor, got {seed!r}")
     return torch.tensor([seed], dtype=torch.int64, device=x.device)
+
+
+def attention_mask(op: str, mask, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """The mask as a view of `shape`: it must be a dense boolean tensor that broadcasts to it."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.layout is not torch.strided:
+        raise TypeError(f"{op}: mask must be a boolean tensor (True = attend), got {got(mask)}")
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.dim() > len(shape) or mask.device != device or any(m not in (1, s) for m, s in sizes):
+        raise ValueError(f"{op}: mask must broadcast to {tuple(shape)} on {device}, got {got(mask)}")
+    return mask.expand(shape)
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Whether the numbers in t can be looked at: an eager CPU tensor, not a traced, fake or vmapped one."""
+    if torch.compiler.is_compiling() or t.device.type != "cpu":
+        return False
+    return type(t) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def readable(t: torch.Tensor) -> bool:
+    """Whether the values in t may be looked at: on a CPU, eagerly, outside torch.func; never a device wait."""
+    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.device.type != "cpu":
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None

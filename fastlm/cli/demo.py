@@ -58,9 +58,8 @@ def _checked(options: Options) -> torch.device:
         device = torch.device(options.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(
-            f"--device {options.device} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"--device {options.device} cannot be used: {reason}") from error
     return device
 
 
@@ -140,7 +139,8 @@ def _proved(original, patched, pair, console: Console) -> dict:
     _say(
         console,
         f"Parity with float64, {len(found)} tensors (logits, loss, gradients):"
-        f" {'passed' if passed else 'FAILED'}; the worst error is {worst.ratio:.2f} of what the 2x rule allows ({worst.name})",
+        f" {'passed' if passed else 'FAILED'}; the worst error is {worst.ratio:.2f} of what the 2x rule allows"
+        f" ({worst.name})",
     )
     if not passed:
         raise CommandError(f"the patched model does not compute the same: {worst}")

@@ -68,17 +68,10 @@ def _axes(title: str, width: float):
 def _draw_losses(file: Path, report: dict) -> None:
     figure, axes = _axes("The same model, the same batches: the loss falls alike", 7)
     steps = range(1, report["steps"] + 1)
-    style = {"marker": "o", "markersize": 4}
-    axes.plot(
-        steps,
-        report["baseline"]["losses"],
-        color=_BASELINE,
-        linewidth=4,
-        alpha=0.5,
-        label="torch.nn",
-        **style,
-    )
-    axes.plot(steps, report["fastlm"]["losses"], color=_FASTLM, linewidth=1.5, label="fastlm", **style)
+    wide = {"color": _BASELINE, "linewidth": 5, "alpha": 0.5, "label": "torch.nn"}  # seen behind the thin one
+    thin = {"color": _FASTLM, "linewidth": 1.5, "label": "fastlm"}
+    for side, style in (("baseline", wide), ("fastlm", thin)):
+        axes.plot(steps, report[side]["losses"], marker="o", markersize=4, **style)
     axes.set(xlabel="training step", ylabel="cross-entropy (nats per token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -88,11 +81,9 @@ def _draw_losses(file: Path, report: dict) -> None:
 
 def _draw_throughput(file: Path, report: dict) -> None:
     figure, axes = _axes(f"fastlm trains {report['speedup']:.2f} times as fast", 5)
-    rates = [report[side]["tokens_per_s"] for side in ("baseline", "fastlm")]
-    labels = [
-        f"torch.nn\n{report['baseline']['peak_mb']:.0f} MB",
-        f"fastlm\n{report['fastlm']['peak_mb']:.0f} MB",
-    ]
+    names = {"baseline": "torch.nn", "fastlm": "fastlm"}
+    rates = [report[side]["tokens_per_s"] for side in names]
+    labels = [f"{name}\n{report[side]['peak_mb']:,.0f} MB" for side, name in names.items()]
     bars = axes.bar(labels, rates, color=[_BASELINE, _FASTLM], width=0.6)
     axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
     axes.set(ylabel="training tokens per second", xlabel="implementation, and the peak memory of its process")

@@ -22,11 +22,8 @@ def parity(original: nn.Module, patched: nn.Module, tokens: Tensor, targets: Ten
 
     The original in float64 is the truth, the original in its own precision sets what is allowed.
     """
-    found = [
-        _logits_and_gradients(m, tokens, targets)
-        for m in (patched, original, copy.deepcopy(original).double())
-    ]
-    got, low, ref = found
+    models = (patched, original, copy.deepcopy(original).double())
+    got, low, ref = (_logits_and_gradients(model, tokens, targets) for model in models)
     return [judge(name, got[name], low[name], ref[name]) for name in ref]
 
 
@@ -73,15 +70,9 @@ def train_in_turn(
 
 def curves(baseline: list[float], fastlm: list[float]) -> dict[str, float | bool | None]:
     """Whether both losses fell (None below 10 steps) and stayed together (mean distance at most 5%)."""
-    gap = statistics.fmean(abs(a - b) for a, b in zip(baseline, fastlm, strict=True)) / statistics.fmean(
-        baseline
-    )
-    part = len(baseline) // 5
-    fell = (
-        all(statistics.fmean(x[-part:]) < statistics.fmean(x[:part]) for x in (baseline, fastlm))
-        if part > 1
-        else None
-    )
+    mean, part = statistics.fmean, len(baseline) // 5
+    gap = mean(abs(a - b) for a, b in zip(baseline, fastlm, strict=True)) / mean(baseline)
+    fell = all(mean(x[-part:]) < mean(x[:part]) for x in (baseline, fastlm)) if part > 1 else None
     return {"fell": fell, "together": gap <= 0.05, "mean_relative_distance": gap}
 
 

@@ -1,0 +1,66 @@
+#include "tensors.h"
+
+namespace fastlm {
+namespace {
+
+Activation activation_of(c10::string_view name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  TORCH_CHECK_VALUE(name == "silu", "fastlm: no kernel has the activation ", name);
+  return Activation::kSilu;
+}
+
+Tensor bias_of(const OptionalTensor& bias) {
+  return given(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
+}
+
+const float* bias_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+Tensor forward(const Tensor& x, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
+               const OptionalTensor& seed) {
+  const Rows in = rows_of(x);
+  const Tensor b = bias_of(bias), y = output_like(x);
+  bias_act(context_of(x), {.dtype = dtype_of(x),
+                           .activation = activation_of(activation),
+                           .rows = in.rows,
+                           .cols = in.cols,
+                           .x = in.data(),
+                           .x_stride = in.stride,
+                           .bias = bias_data(b),
+                           .dropout = dropout_of(dropout_p, seed),
+                           .y = y.mutable_data_ptr()});
+  return y;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
+                                    c10::string_view activation, double dropout_p, const OptionalTensor& seed,
+                                    const std::array<bool, 2>& needs) {
+  const Rows in = rows_of(x), gy = rows_of(dy);
+  const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
+  const Tensor dbias = float_output({in.cols}, x, needs[1]);
+  const Tensor partial = float_output({bias_act_blocks(in.rows), in.cols}, x, needs[1]);
+  bias_act_backward(context_of(x), {.dtype = dtype_of(x),
+                                    .activation = activation_of(activation),
+                                    .rows = in.rows,
+                                    .cols = in.cols,
+                                    .dy = gy.data(),
+                                    .x = in.data(),
+                                    .dy_stride = gy.stride,
+                                    .x_stride = in.stride,
+                                    .bias = bias_data(b),
+                                    .dropout = dropout_of(dropout_p, seed),
+                                    .dx = data_or_null(dx),
+                                    .dbias = floats_or_null(dbias),
+                                    .partial = floats_or_null(partial)});
+  return {dx, given(bias) ? dbias.to(bias->scalar_type()) : dbias};
+}
+
+}  // namespace
+
+FASTLM_LIBRARY(m) {
+  m.impl("bias_act." BACKEND, &forward);
+  m.impl("bias_act_backward." BACKEND, &backward);
+}
+
+}  // namespace fastlm

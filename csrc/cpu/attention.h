@@ -1,0 +1,169 @@
+// What attention's forward and backward share: which keys a query keeps, and what is done to a row of scores.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../kernels.h"
+#include "philox.h"
+#include "tiles.h"
+
+namespace fastlm {
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+inline Range intersection(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+
+// The (query, key) pairs that offset, left, right and the number of keys keep: a band along the diagonal.
+struct Band {
+  int64_t queries, keys, offset, left, right;
+
+  // The keys that at least one of these queries keeps.
+  Range keys_of(Range rows) const {
+    const int64_t begin = left < 0 ? 0 : rows.begin + offset - left;
+    const int64_t end = right < 0 ? keys : rows.end + offset + right;
+    return intersection({begin, end}, {0, keys});
+  }
+
+  // The queries that keep at least one of these keys.
+  Range queries_of(Range cols) const {
+    const int64_t begin = right < 0 ? 0 : cols.begin - offset - right;
+    const int64_t end = left < 0 ? queries : cols.end - offset + left;
+    return intersection({begin, end}, {0, queries});
+  }
+
+  // Whether every one of these queries keeps every one of these keys.
+  bool covers(Range rows, Range cols) const {
+    const Range first = keys_of({rows.begin, rows.begin + 1}), last = keys_of({rows.end - 1, rows.end});
+    return first.end >= cols.end && last.begin <= cols.begin;
+  }
+};
+
+inline Band band_of(const AttentionInputs& a, int64_t batch) {
+  const int64_t keys = a.kv_lengths ? std::clamp<int64_t>(a.kv_lengths[batch], 0, a.keys) : a.keys;
+  return {a.queries, keys, a.offset, a.left, a.right};
+}
+
+// Rows [rows.begin, rows.end) of one head as a tile, times `factor`.
+inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols, float factor,
+                      float* out) {
+  const int64_t start = batch * t.batch + head * t.head + rows.begin * t.seq;
+  with_dtype(dtype, [&]<class T>() {
+    load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, factor, out);
+  });
+}
+
+// The opposite, into a tensor that is contiguous as [batch, seq, heads, cols].
+inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t seq, int64_t batch, int64_t head,
+                       Range rows, int64_t cols, float factor, void* out) {
+  const int64_t start = ((batch * seq + rows.begin) * heads + head) * cols;
+  with_dtype(dtype, [&]<class T>() {
+    store_tile(tile, rows.end - rows.begin, cols, factor, static_cast<T*>(out) + start, heads * cols);
+  });
+}
+
+// The scores of one query head: from scale * q . k to what the softmax takes.
+class Scores {
+ public:
+  Scores(const AttentionInputs& a, int64_t batch, int64_t head)
+      : softcap_(a.softcap),
+        offset_(a.offset),
+        slope_(a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_strides[0] + head * a.alibi_strides[1]] : 0),
+        bias_(a.bias),
+        bias_dtype_(a.bias_dtype),
+        bias_start_(batch * a.bias_strides[0] + head * a.bias_strides[1]),
+        bias_strides_{a.bias_strides[2], a.bias_strides[3]},
+        mask_(a.mask ? a.mask + batch * a.mask_strides[0] + head * a.mask_strides[1] : nullptr),
+        mask_strides_{a.mask_strides[2], a.mask_strides[3]},
+        dropout_(a.dropout),
+        drops_(a.dropout.p > 0),
+        head_(static_cast<uint32_t>(batch * a.heads + head)) {}
+
+  bool capped() const { return softcap_ > 0; }
+  bool drops() const { return drops_; }
+
+  // Turns s[c] = scale * q_i . k_(j + c), c in [0, n), into scores; `derivative`, unless null, gets the softcap's.
+  void adjust(int64_t i, int64_t j, int64_t n, float* s, float* derivative) const {
+    if (capped()) cap(n, s, derivative);
+    if (slope_ != 0) {
+      const float slope = slope_, distance = static_cast<float>(i + offset_ - j);
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) s[c] -= slope * std::fabs(distance - static_cast<float>(c));
+    }
+    if (bias_) add_bias(bias_start_ + i * bias_strides_[0] + j * bias_strides_[1], n, s);
+    if (mask_) exclude(mask_ + i * mask_strides_[0] + j * mask_strides_[1], n, s);
+  }
+
+  // What dropout multiplies the probabilities of query i and keys [j, j + n) with; n is rounded up to 64, j is a
+  // multiple of 4.
+  void dropout(int64_t i, int64_t j, int64_t n, float* scales) const {
+    for (int64_t c = 0; c < n; c += kPhiloxNumbers) {
+      dropout_.columns(static_cast<uint32_t>(i), head_, j + c, scales + c);
+    }
+  }
+
+ private:
+  void cap(int64_t n, float* s, float* derivative) const {
+    const float softcap = softcap_, inverse = 1 / softcap_;
+    if (derivative) {
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) {
+        const float t = tanh(s[c] * inverse);
+        s[c] = softcap * t;
+        derivative[c] = 1 - t * t;
+      }
+      return;
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) s[c] = softcap * tanh(s[c] * inverse);
+  }
+
+  void add_bias(int64_t start, int64_t n, float* s) const {
+    const int64_t stride = bias_strides_[1];
+    with_dtype(bias_dtype_, [&]<class T>() {
+      const T* bias = static_cast<const T*>(bias_) + start;
+      if (stride == 1) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) s[c] += to_float(bias[c]);
+      } else {
+        for (int64_t c = 0; c < n; ++c) s[c] += to_float(bias[c * stride]);
+      }
+    });
+  }
+
+  void exclude(const bool* mask, int64_t n, float* s) const {
+    const int64_t stride = mask_strides_[1];
+    if (stride == 1) {
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) s[c] = mask[c] ? s[c] : -INFINITY;
+    } else {
+      for (int64_t c = 0; c < n; ++c) s[c] = mask[c * stride] ? s[c] : -INFINITY;
+    }
+  }
+
+  float softcap_;
+  int64_t offset_;
+  float slope_;
+  const void* bias_;
+  DType bias_dtype_;
+  int64_t bias_start_, bias_strides_[2];
+  const bool* mask_;
+  int64_t mask_strides_[2];
+  DropoutScale dropout_;
+  bool drops_;
+  uint32_t head_;
+};
+
+// Columns [kept.begin, kept.end) of a tile's row, rounded outwards to whole vectors: what lies between is set to
+// `fill`, and so need not be looked at one by one.
+inline Range whole_vectors(Range kept, float fill, float* row) {
+  const Range whole = {round_down(kept.begin, kLine), round_up(kept.end, kLine)};
+  for (int64_t c = whole.begin; c < kept.begin; ++c) row[c] = fill;
+  for (int64_t c = kept.end; c < whole.end; ++c) row[c] = fill;
+  return whole;
+}
+
+}  // namespace fastlm

@@ -1,0 +1,1 @@
+"""fastlm inside models that were written without it."""

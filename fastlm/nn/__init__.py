@@ -1,0 +1,27 @@
+"""Modules whose forward calls a fastlm op; each subclasses its torch.nn twin: same constructor, same state_dict."""
+
+from .cross_entropy_loss import CrossEntropyLoss
+from .dropout import Dropout
+from .feed_forward import FeedForward
+from .layer_norm import LayerNorm
+from .multihead_attention import MultiheadAttention
+from .sequential import Sequential
+from .sinusoidal_positional_encoding import SinusoidalPositionalEncoding
+from .softmax import Softmax
+from .transformer_decoder_layer import TransformerDecoderLayer
+from .transformer_encoder import TransformerEncoder
+from .transformer_encoder_layer import TransformerEncoderLayer
+
+__all__ = [
+    "CrossEntropyLoss",
+    "Dropout",
+    "FeedForward",
+    "LayerNorm",
+    "MultiheadAttention",
+    "Sequential",
+    "SinusoidalPositionalEncoding",
+    "Softmax",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]
