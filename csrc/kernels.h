@@ -20,8 +20,8 @@ struct Context {
 };
 
 // Philox4x32-10 dropout: the key is *seed; element (row, col) takes lane col & 3 of the block at counter
-// (col >> 2, row low, row high, 0) and is kept if u32 >= floor(p * 2^32); survivors are scaled by 1 / (1 - p).
-// p = 0 means no dropout, and then seed may be null.
+// (col >> 2, row low, row high, 0) and is kept if u32 >= floor(p * 2^32); survivors are scaled by 1 / (1 -
+// p). p = 0 means no dropout, and then seed may be null.
 struct Dropout {
   double p = 0;
   const int64_t* seed = nullptr;
@@ -53,7 +53,7 @@ struct LayerNormBackward {
   int64_t dy_stride, dh_stride, h_stride;
   const float *weight, *mean, *rstd;  // weight [cols], never null
   Dropout dropout;
-  void *dx, *dresidual;     // [rows, cols], contiguous; either may be null
+  void *dx, *dresidual;  // [rows, cols], contiguous; either may be null
   float *dweight, *dbias, *partial;
 };
 int64_t layer_norm_blocks(int64_t rows);

@@ -22,7 +22,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     """Says which backend would run fastlm.ops.<op>(*args, **kwargs), without running it.
 
     op: the op's name or its public function. The rest: its arguments.
-    Returns: Explanation; print it. Raises: ValueError for an unknown op, and what the op raises for bad input.
+    Returns: Explanation; print it.
+    Raises: ValueError for an unknown op, and what the op raises for bad input.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _op.OPS:

@@ -30,8 +30,9 @@ def _load(library: str, build: dict) -> str | None:
     files = sorted(_FOLDER.glob(f"{library}.*"))
     if not files:
         return f"fastlm.{library} was not built; {REINSTALL}"
-    if _release(build.get("torch", "")) != _release(torch.__version__):
-        return f"rebuild: fastlm.{library} was built for torch {build.get('torch')}, running {torch.__version__}"
+    built_for = build.get("torch", "an unknown version")
+    if _release(built_for) != _release(torch.__version__):
+        return f"rebuild: fastlm.{library} was built for torch {built_for}, running {torch.__version__}"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:

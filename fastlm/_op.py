@@ -16,7 +16,7 @@ from . import _load
 
 _LIBRARY = torch.library.Library("fastlm", "DEF")
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "triton": "CUDA"}
-_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend -> the device type whose tensors it takes
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -57,9 +57,9 @@ class Op:
     check: takes the public arguments, raises TypeError / ValueError, returns the forward schema's arguments.
     forward, backward: (schema without a name, fake implementation); backward may be None.
     backends: name -> None, or a function of the forward arguments that returns a reason to refuse, or None.
-    body: for an op that contains a matmul: (forward, backward) in Python, called with the backend's name first.
-    shared_gradients: f(args, output_gradients, gradients) -> {argument: gradient}, for gradients equal to another
-        (in the order that the backward schema returns them): a functional op may not return one tensor twice.
+    body: for an op that contains a matmul: (forward, backward) in Python, called with the backend first.
+    shared_gradients: f(args, output gradients, what the backward kernel returned) -> {argument: gradient},
+        for gradients equal to another: a functional op may not return one tensor twice.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Op:
         return _as_tuple(self.forward[chosen](*args))[: self.public]
 
     def run_reference(self, args: Sequence) -> tuple:
-        """The reference on the forward schema's arguments, outside autocast (the public function has cast)."""
+        """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -168,7 +168,7 @@ class Op:
         )
         return [next(found) if n else None for n in needs]
 
-    def gradients(self, backend: str, args: Sequence, saved: dict, grads: Sequence, needs: Sequence[bool]) -> list:
+    def gradients(self, backend: str, args: Sequence, saved: dict, grads: Sequence, needs: Sequence) -> list:
         """Calls the backward kernel with what its schema names; one gradient, or None, per argument."""
         known = [*grads, *args, *(saved.get(i) for i in range(len(self.outputs)))]
         wanted = [needs[i] for i in self.wanted]

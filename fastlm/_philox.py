@@ -31,7 +31,7 @@ def _scales(numbers: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor
 
 
 def row_scales(seed: torch.Tensor, shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """What dropout multiplies a tensor of `shape` with: 0 or 1 / (1 - p), element (row, col) of its last axis.
+    """What dropout multiplies a tensor of `shape` with: 0 or 1 / (1 - p), by (row, col) of its last axis.
 
     seed: int64 [1]. Counter (col >> 2, row low, row high, 0), lane col & 3. Returns: `shape`, `dtype`.
     """

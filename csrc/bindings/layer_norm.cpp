@@ -11,32 +11,55 @@ Four forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   const Tensor w = parameter(weight, in.cols, x, 1), b = parameter(bias, in.cols, x, 0);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
   const Tensor mean = float_output(x.sizes().slice(0, x.dim() - 1), x), rstd = at::empty_like(mean);
-  layer_norm_forward(context_of(x), {
-      .dtype = dtype_of(x), .rows = in.rows, .cols = in.cols, .x = in.data(), .residual = add.data(),
-      .x_stride = in.stride, .residual_stride = add.stride, .weight = w.const_data_ptr<float>(),
-      .bias = b.const_data_ptr<float>(), .eps = static_cast<float>(eps), .dropout = dropout_of(dropout_p, seed),
-      .y = y.mutable_data_ptr(), .h = data_or_null(h), .mean = mean.mutable_data_ptr<float>(),
-      .rstd = rstd.mutable_data_ptr<float>()});
+  layer_norm_forward(context_of(x), {.dtype = dtype_of(x),
+                                     .rows = in.rows,
+                                     .cols = in.cols,
+                                     .x = in.data(),
+                                     .residual = add.data(),
+                                     .x_stride = in.stride,
+                                     .residual_stride = add.stride,
+                                     .weight = w.const_data_ptr<float>(),
+                                     .bias = b.const_data_ptr<float>(),
+                                     .eps = static_cast<float>(eps),
+                                     .dropout = dropout_of(dropout_p, seed),
+                                     .y = y.mutable_data_ptr(),
+                                     .h = data_or_null(h),
+                                     .mean = mean.mutable_data_ptr<float>(),
+                                     .rstd = rstd.mutable_data_ptr<float>()});
   return {y, h, mean, rstd};
 }
 
 Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& x, const Tensor& h,
-              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-              double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
+              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+              const Tensor& rstd, double dropout_p, const OptionalTensor& seed,
+              const std::array<bool, 4>& needs) {
   // needs: dx, dweight, dbias, dresidual. Without dropout dx is dresidual: computed once, returned as dx.
   const Rows normed = rows_of(h.numel() ? h : x), gy = rows_of(dy), gh = rows_of(dh);
   const Tensor w = parameter(weight, normed.cols, x, 1);
   const Tensor dx = output_like(x, needs[0] || (needs[3] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[3] && dropout_p > 0);
-  const Tensor dweight = float_output({normed.cols}, x, needs[1]), dbias = float_output({normed.cols}, x, needs[2]);
-  const Tensor partial = float_output({layer_norm_blocks(normed.rows), 2, normed.cols}, x, needs[1] || needs[2]);
-  layer_norm_backward(context_of(x), {
-      .dtype = dtype_of(x), .rows = normed.rows, .cols = normed.cols, .dy = gy.data(), .dh = gh.data(),
-      .h = normed.data(), .dy_stride = gy.stride, .dh_stride = gh.stride, .h_stride = normed.stride,
-      .weight = w.const_data_ptr<float>(), .mean = mean.const_data_ptr<float>(),
-      .rstd = rstd.const_data_ptr<float>(), .dropout = dropout_of(dropout_p, seed), .dx = data_or_null(dx),
-      .dresidual = data_or_null(dresidual), .dweight = floats_or_null(dweight), .dbias = floats_or_null(dbias),
-      .partial = floats_or_null(partial)});
+  const Tensor dweight = float_output({normed.cols}, x, needs[1]),
+               dbias = float_output({normed.cols}, x, needs[2]);
+  const Tensor partial =
+      float_output({layer_norm_blocks(normed.rows), 2, normed.cols}, x, needs[1] || needs[2]);
+  layer_norm_backward(context_of(x), {.dtype = dtype_of(x),
+                                      .rows = normed.rows,
+                                      .cols = normed.cols,
+                                      .dy = gy.data(),
+                                      .dh = gh.data(),
+                                      .h = normed.data(),
+                                      .dy_stride = gy.stride,
+                                      .dh_stride = gh.stride,
+                                      .h_stride = normed.stride,
+                                      .weight = w.const_data_ptr<float>(),
+                                      .mean = mean.const_data_ptr<float>(),
+                                      .rstd = rstd.const_data_ptr<float>(),
+                                      .dropout = dropout_of(dropout_p, seed),
+                                      .dx = data_or_null(dx),
+                                      .dresidual = data_or_null(dresidual),
+                                      .dweight = floats_or_null(dweight),
+                                      .dbias = floats_or_null(dbias),
+                                      .partial = floats_or_null(partial)});
   return {dx, given(weight) ? dweight.to(weight->scalar_type()) : dweight,
           given(bias) ? dbias.to(bias->scalar_type()) : dbias, dresidual};
 }

@@ -1,4 +1,5 @@
-// From torch tensors to the plain arguments of kernels.h. The only headers of torch that the project includes.
+// From torch tensors to the plain arguments of kernels.h. The only headers of torch that the project
+// includes.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,6 @@
-// layer_norm: a row is brought to float32 once, stays in cache for its two sums (mean, then the squares around
-// it) and is written once. Bound by memory; floor: forward reads x (and residual) and writes y (and h),
-// backward reads dy (and dh) and h and writes dx (and dresidual).
+// layer_norm: a row is brought to float32 once, stays in cache for its two sums (mean, then the squares
+// around it) and is written once. Bound by memory; floor: forward reads x (and residual) and writes y (and
+// h), backward reads dy (and dh) and h and writes dx (and dresidual).
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -21,7 +21,8 @@ struct Statistics {
   float mean, rstd;
 };
 
-// The second pass also sums h - mean: that corrects the first mean's rounding, which a large offset makes large.
+// The second pass also sums h - mean: that corrects the first mean's rounding, which a large offset makes
+// large.
 Statistics statistics(const float* h, int64_t cols, float eps) {
   const float n = static_cast<float>(cols);
   float sum = 0, rest = 0, squares = 0;
@@ -34,8 +35,8 @@ Statistics statistics(const float* h, int64_t cols, float eps) {
     rest += d;
     squares += d * d;
   }
-  const float correction = rest / n;
-  return {mean + correction, 1.0f / std::sqrt(squares / n - correction * correction + eps)};
+  const float correction = rest / n, variance = squares / n - correction * correction;
+  return {mean + correction, 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps)};
 }
 
 // h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`.
@@ -73,7 +74,8 @@ void normalise_row(const float* h, Statistics s, const float* weight, const floa
 
 // One row of dx and dresidual, and its addition to the sums of dweight and dbias.
 template <class T, bool kParameters>
-void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* buffer, float* sums) {
+void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* buffer,
+                  float* sums) {
   const int64_t cols = a.cols;
   const T* dy = row_of<T>(a.dy, a.dy_stride, row);
   const T* dh = row_of<T>(a.dh, a.dh_stride, row);

@@ -14,7 +14,7 @@ namespace fastlm {
 
 constexpr uint32_t kPhiloxA = 0xD2511F53u, kPhiloxB = 0xCD9E8D57u;
 constexpr uint32_t kWeylA = 0x9E3779B9u, kWeylB = 0xBB67AE85u;
-constexpr int kPhiloxCounters = 16;                   // counters a call: one 512-bit vector of 32-bit words
+constexpr int kPhiloxCounters = 16;                  // counters a call: one 512-bit vector of 32-bit words
 constexpr int kPhiloxNumbers = 4 * kPhiloxCounters;  // numbers a call
 
 #if defined(__AVX512F__)

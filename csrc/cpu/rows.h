@@ -46,9 +46,8 @@ template <class F>
 void parallel_rows(const Context& context, int64_t rows, int64_t cols, const F& f) {
   if (rows == 0) return;
   const int64_t step = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, cols));
-  parallel_tasks(context, divide_up(rows, step), [&](int64_t index) {
-    f(index * step, std::min(rows, (index + 1) * step));
-  });
+  parallel_tasks(context, divide_up(rows, step),
+                 [&](int64_t index) { f(index * step, std::min(rows, (index + 1) * step)); });
 }
 
 template <class T>

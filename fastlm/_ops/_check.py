@@ -19,7 +19,8 @@ def floating(op: str, name: str, t) -> None:
     if t.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {t.dtype}")
     if t.layout is not torch.strided or t.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got a {'nested' if t.is_nested else t.layout} one")
+        kind = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def like(op: str, name: str, t, other: torch.Tensor, other_name: str) -> None:

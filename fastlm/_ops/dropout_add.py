@@ -1,6 +1,6 @@
 """dropout_add: y = dropout(x) + residual, elementwise.
 
-Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15 (2014),
+Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15, 2014,
 https://jmlr.org/papers/v15/srivastava14a.html.
 """
 
@@ -81,7 +81,8 @@ def dropout_add(
         y, like x.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. NotImplementedError: `backend` refuses, with its reason.
+        TypeError, ValueError: an argument is not as above.
+        NotImplementedError: `backend` refuses, with its reason.
 
     Source: https://jmlr.org/papers/v15/srivastava14a.html; the mask: Philox4x32-10, docs/semantics.md.
     """

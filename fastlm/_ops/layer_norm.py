@@ -14,7 +14,7 @@ from . import _check
 
 
 def reference(x, weight, bias, eps, residual, dropout_p, seed):
-    """(y, h) in plain PyTorch; half precision is computed in float32 and rounded once, h before it is read."""
+    """(y, h) in plain PyTorch; half precision is computed in float32, h and y are rounded once each."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     h = x.to(wide)
     if dropout_p > 0:
@@ -111,8 +111,8 @@ def layer_norm(
 ) -> Tensor | NormOutput:
     """Layer normalisation of the last axis, with the dropout and the residual addition before it in one pass.
 
-    h = dropout(x) + residual (rounded to x's dtype); y = (h - mean) / sqrt(variance + eps) * weight + bias, with
-    sums in float32. Differentiable in x, weight, bias and residual.
+    h = dropout(x) + residual, rounded to x's dtype; y = (h - mean) / sqrt(variance + eps) * weight + bias,
+    with sums in float32. Differentiable in x, weight, bias and residual.
 
     Args:
         x: float32, float16, bfloat16 or float64, shape [..., cols].
@@ -127,7 +127,8 @@ def layer_norm(
         y, like x; with a residual NormOutput(y, h).
 
     Raises:
-        TypeError, ValueError: an argument is not as above. NotImplementedError: `backend` refuses, with its reason.
+        TypeError, ValueError: an argument is not as above.
+        NotImplementedError: `backend` refuses, with its reason.
 
     Source: https://arxiv.org/abs/1607.06450.
     """

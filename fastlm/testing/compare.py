@@ -48,8 +48,8 @@ def _infinite(t: Tensor) -> Tensor:
 def judge(name: str, got: Tensor, low: Tensor, ref: Tensor) -> Verdict:
     """Judges `got` by the 2x rule; NaN and infinities must stand where the reference has them.
 
-    got: what the kernel computed. low: the reference in got's dtype. ref: the reference in float64. The tensors have
-    one shape. Returns: Verdict; its ratio is at most 1 if the rule holds.
+    got: what the kernel computed. low: the reference in got's dtype. ref: the reference in float64.
+    All have one shape. Returns: Verdict; its ratio is at most 1 if the rule holds.
     """
     if got.shape != ref.shape:
         return Verdict(f"{name} has shape {tuple(got.shape)}, not {tuple(ref.shape)}", float("inf"), 1.0)
@@ -92,7 +92,8 @@ def run(op: Callable, inputs: dict, cotangents: list[Tensor] | None = None, **op
         return named
     if not cotangents:
         generator = torch.Generator().manual_seed(17)
-        cotangents.extend(torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in differentiable)
+        drawn = [torch.randn(o.shape, generator=generator) for o in differentiable]
+        cotangents.extend(c.to(o.device, o.dtype) for c, o in zip(drawn, differentiable, strict=True))
     grads = [c.to(o.dtype) for c, o in zip(cotangents, differentiable, strict=True)]
     found = torch.autograd.grad(differentiable, wanted, grads, allow_unused=True)
     names = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad]

@@ -32,7 +32,7 @@ class Draw:
         return torch.rand(shape, generator=self._generator) < p
 
     def slice_of(self, shape: tuple[int, ...], start: int, size: int) -> Tensor:
-        """Normal numbers as a slice [..., start : start + size] of a wider tensor: a packed projection's part."""
+        """Normal numbers as a slice of a wider tensor's last axis: a packed projection's part."""
         return self.normal(*shape)[..., start : start + size]
 
 

@@ -1,0 +1,60 @@
+# make setup: the environment, built. make demo: the main job. make test: the tests. Each does its own set-up.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+TORCH ?= 2.13.0
+PIP := $(PYTHON) -m pip -q --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+
+.PHONY: setup demo test test-slow bench lint format sanitize clean
+
+setup: $(VENV)/built
+
+$(VENV)/created:
+	@command -v python3 >/dev/null || { echo "fastlm needs Python >= 3.10: apt-get install python3-venv python3-dev"; exit 1; }
+	@echo "Creating $(VENV)"
+	@python3 -m venv $(VENV) || { echo "fastlm needs python3-venv: apt-get install python3-venv python3-dev"; exit 1; }
+	@touch $@
+
+$(VENV)/installed: pyproject.toml requirements.txt | $(VENV)/created
+	@echo "Installing torch $(TORCH) and the pinned requirements"
+	@$(PIP) install "torch==$(TORCH)" -r requirements.txt 2>&1 | grep -v -e "^WARNING: Location" || true
+	@$(PYTHON) -c "import torch, rich, pytest"
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(NATIVE)
+	@echo "Building the native kernels"
+	@$(PIP) install --no-deps --no-build-isolation -e . 2>&1 | grep -v -e "^WARNING: Location" || true
+	@$(PYTHON) -c "import fastlm"
+	@touch $@
+
+demo: setup
+	@$(VENV)/bin/fastlm demo $(ARGS)
+
+test: setup
+	@$(PYTHON) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: setup
+	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
+
+format: setup
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*/*.h csrc/*/*.cpp
+
+# The CPU cases under AddressSanitizer and UndefinedBehaviourSanitizer, in a build of their own.
+SANITIZED := build/sanitize/lib
+sanitize: setup
+	@CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  $(PYTHON) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitize/objects
+	@cp -r tests $(SANITIZED)/
+	@cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(CURDIR)/$(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir . -p no:cacheprovider tests/test_ops.py $(ARGS)
+
+clean:
+	@rm -rf $(VENV) build *.egg-info fastlm/*.so fastlm/_build.json

@@ -1,0 +1,51 @@
+"""From csrc to shared libraries: compiler, flags, what is out of date. Used by setup.py and by tests."""
+
+import os
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CXX = os.environ.get("CXX", "g++")
+COMMON = "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra"
+# Not -ffast-math: it switches denormals off in the whole process. -Wno-uninitialized: GCC 12's own headers.
+KERNEL = "-O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -ffp-contract=fast -Wno-uninitialized"
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+ISA_FLAGS = {"default": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS |= {"avx2": _AVX2, "avx512": _AVX512}
+
+_ROOT = Path(__file__).parent
+
+
+def run(arguments: list, target: Path) -> Path:
+    """Compiles or links to `target` and returns it; CalledProcessError has the compiler's words in stdout."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [CXX, *COMMON.split(), *os.environ.get("CXXFLAGS", "").split(), *arguments, "-o", target]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return target
+
+
+def _object(source: Path, target: Path, flags: str) -> Path:
+    inputs = [source, Path(__file__), *_ROOT.rglob("*.h")]
+    if target.exists() and target.stat().st_mtime >= max(f.stat().st_mtime for f in inputs):
+        return target
+    return run([*flags.split(), "-c", source], target)
+
+
+def cpu_libraries(torch_folder: Path, objects: Path, targets: dict[str, Path]) -> None:
+    """Builds one library per instruction set: targets maps a name of ISA_FLAGS to the library's path.
+
+    Bindings are compiled once (torch's headers cost 6 s a file), kernels once per instruction set.
+    """
+    include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
+    work = [("bindings", include, f) for f in sorted((_ROOT / "bindings").glob("*.cpp"))]
+    for isa in targets:
+        work += [(isa, f"{KERNEL} {ISA_FLAGS[isa]}", f) for f in sorted((_ROOT / "cpu").glob("*.cpp"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_object, f, objects / kind / f"{f.stem}.o", flags) for kind, flags, f in work]
+    made = [(kind, job.result()) for (kind, _, _), job in zip(work, jobs, strict=True)]
+    for isa, target in targets.items():
+        linked = [made_object for kind, made_object in made if kind in ("bindings", isa)]
+        run(["-shared", *linked, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"], target)
