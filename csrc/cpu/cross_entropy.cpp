@@ -1,7 +1,7 @@
-// cross_entropy: forward reads a row once, piece by piece: while a piece is in the first-level cache its maximum
-// and its sum of exps join the row's (Milakov, Gimelshein, "Online normalizer calculation for softmax",
-// https://arxiv.org/abs/1805.02867). Backward is one pass. Bound by memory and exp; floor: forward reads logits,
-// backward reads logits and writes dlogits.
+// cross_entropy: forward reads a row once, piece by piece: while a piece is in the first-level cache its
+// maximum and its sum of exps join the row's (Milakov, Gimelshein, "Online normalizer calculation for
+// softmax", https://arxiv.org/abs/1805.02867). Backward is one pass. Bound by memory and exp; floor: forward
+// reads logits, backward reads logits and writes dlogits.
 #include <cstring>
 #include <type_traits>
 
@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // columns: 8 KB of float32; short sums keep the rounding error small
 
-// Of the columns read so far: their maximum; sums of exp(x - shift) and of x - shift. shift is the maximum, or 0
-// while that is -inf: -inf - -inf is NaN.
+// Of the columns read so far: their maximum; sums of exp(x - shift) and of x - shift. shift is the maximum,
+// or 0 while that is -inf: -inf - -inf is NaN.
 struct RowSums {
   float maximum = -INFINITY, shift = 0, exps = 0, shifted = 0;
 };

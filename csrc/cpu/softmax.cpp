@@ -1,6 +1,6 @@
-// softmax: a row's scores are brought to float32 once and stay in cache for their maximum, their sum of exps and
-// the division; a causal row is not read past its diagonal. Bound by memory; floor: forward reads x (and the mask)
-// and writes y, backward reads dy and y and writes dx.
+// softmax: a row's scores are brought to float32 once and stay in cache for their maximum, their sum of exps
+// and the division; a causal row is not read past its diagonal. Bound by memory; floor: forward reads x (and
+// the mask) and writes y, backward reads dy and y and writes dx.
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -106,8 +106,8 @@ void softmax_backward(const Context& context, const SoftmaxBackward& a) {
     parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         backward_row<T>(static_cast<const T*>(a.dy) + row * a.dy_stride,
-                        static_cast<const T*>(a.y) + row * a.y_stride, a.scale, attended(a.causal, row, a.cols),
-                        a.cols, static_cast<T*>(a.dx) + row * a.cols);
+                        static_cast<const T*>(a.y) + row * a.y_stride, a.scale,
+                        attended(a.causal, row, a.cols), a.cols, static_cast<T*>(a.dx) + row * a.cols);
       }
     });
   });
