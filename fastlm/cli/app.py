@@ -54,7 +54,7 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 file to train on; Python's help topics by default.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 40,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 50,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     out: Annotated[Path, typer.Option(help="The folder for report.json, loss.png, throughput.png.")] = Path(
         "demo_out"

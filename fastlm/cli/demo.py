@@ -27,7 +27,7 @@ class Options:
     """What the command line asks for. text: a UTF-8 file, or None for Python's own help topics."""
 
     text: Path | None = None
-    steps: int = 40
+    steps: int = 50
     device: str = "cpu"
     out: Path = Path("demo_out")
     size: Size = Size()

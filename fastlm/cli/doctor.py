@@ -82,7 +82,7 @@ def _broken(op: str, backend: str, inputs: dict) -> list[str]:
         found = verdicts(getattr(ops, op), inputs, cases_of(op)[1], backend)
         return [str(v) for v in found if not v.ratio <= 1]
     except Exception as error:  # whatever a broken kernel raises is the finding
-        return [f"raised {type(error).__name__}: {error}"]
+        return [f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
 
 
 def _first_line(*command: str) -> str | None:
