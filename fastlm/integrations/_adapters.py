@@ -1,4 +1,4 @@
-"""Which torch.nn modules fastlm.patch swaps: for each its fastlm class, the refusals, and the trials of its proof."""
+"""Which torch.nn modules fastlm.patch swaps: for each its class, the refusals and the trials of its proof."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from .. import nn as fastlm_nn
-from ..nn._fused import activation_name, is_plain
 from ..nn.sequential import chain_at
 from ..testing.cases import Draw
 from ._proof import Trial
@@ -19,8 +18,9 @@ _BATCH, _SEQ, _MEMORY = 3, 17, 11  # odd sizes: they end inside a tile
 class Adapter:
     """One row of the table.
 
-    new: the class that an instance gets. trials: (module, draw) -> calls that prove it. why_not: module -> a reason
-    to leave it alone, or None. applies: whether the module is of interest at all. part: what of it is proved.
+    new: the class that an instance gets. trials: (module, draw) -> calls that prove it. why_not: module ->
+    a reason to leave it alone, or None. applies: whether the module is of interest at all. part: what of it
+    is proved.
     """
 
     new: type[nn.Module]
