@@ -18,7 +18,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input: logits [C], [N, C] or [N, C, d1, ...]; target: int64 without the C axis. Returns the loss."""
+        """input: logits [C], [N, C] or [N, C, d1, ...]; target: int64, without C. Returns the loss."""
         classes_last = input.movedim(1, -1) if input.dim() > 1 else input
         indices = target.dtype == torch.int64 and target.shape == classes_last.shape[:-1]
         if self.weight is not None or not indices or input.dim() == 0:
