@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 TORCH ?= 2.13.0
-PIP := $(PYTHON) -m pip -q --disable-pip-version-check
+PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
 .PHONY: setup demo test test-slow bench lint format sanitize clean
@@ -15,16 +15,14 @@ $(VENV)/created:
 	@python3 -m venv $(VENV) || { echo "fastlm needs python3-venv: apt-get install python3-venv python3-dev"; exit 1; }
 	@touch $@
 
-$(VENV)/installed: pyproject.toml requirements.txt | $(VENV)/created
+$(VENV)/torch-$(TORCH): pyproject.toml requirements.txt | $(VENV)/created
 	@echo "Installing torch $(TORCH) and the pinned requirements"
-	@$(PIP) install "torch==$(TORCH)" -r requirements.txt 2>&1 | grep -v -e "^WARNING: Location" || true
-	@$(PYTHON) -c "import torch, rich, pytest"
+	@$(PIP) install "torch==$(TORCH)" -r requirements.txt
 	@touch $@
 
-$(VENV)/built: $(VENV)/installed $(NATIVE)
+$(VENV)/built: $(VENV)/torch-$(TORCH) $(NATIVE)
 	@echo "Building the native kernels"
-	@$(PIP) install --no-deps --no-build-isolation -e . 2>&1 | grep -v -e "^WARNING: Location" || true
-	@$(PYTHON) -c "import fastlm"
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup
@@ -35,6 +33,9 @@ test: setup
 
 test-slow: setup
 	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
+
+bench: setup
+	@$(PYTHON) benchmarks/bench_ops.py
 
 lint: setup
 	@$(VENV)/bin/ruff check .

@@ -150,7 +150,7 @@ class Op:
     def run_reference(self, args: Sequence) -> tuple:
         """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return _as_tuple(self.reference(*args))
         return _as_tuple(self.reference(*args))
@@ -225,12 +225,11 @@ def _autograd_function(op: Op, backend: str) -> type[torch.autograd.Function]:
             grads, needs = grads[:public], ctx.needs_input_grad
             if all(g is None for g in grads):
                 return tuple(None for _ in needs)
-            count = sum(ctx.is_tensor)
-            tensors = iter(ctx.saved_tensors[:count])
-            args = [next(tensors) if t else c for t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
+            kept = iter(ctx.saved_tensors)  # read once: checkpointing recomputes at the first look
+            args = [next(kept) if t else c for t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return tuple(op.reference_gradients(args, grads, needs))
-            saved = dict(zip(op.saved_outputs, ctx.saved_tensors[count:], strict=True))
+            saved = dict(zip(op.saved_outputs, kept, strict=True))
             return tuple(op.gradients(backend, args, saved, grads, needs))
 
     Kernel.__name__ = Kernel.__qualname__ = f"{op.name}_{backend}"

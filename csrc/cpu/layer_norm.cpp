@@ -90,6 +90,7 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
       const float d = to_float(dy[j]);
       const float n = (to_float(h[j]) - mean) * rstd;
       const float g = d * weight[j];
+      buffer[j] = g;  // stored, so that g - g_mean is exact where the row is constant: no fused multiply-add
       g_sum += g;
       gn_sum += g * n;
       if constexpr (kParameters) {
@@ -106,8 +107,7 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const float n = (to_float(h[j]) - mean) * rstd;
-      const float g = to_float(dy[j]) * weight[j];
-      buffer[j] = rstd * (g - g_mean - n * gn_mean);
+      buffer[j] = rstd * (buffer[j] - g_mean - n * gn_mean);
     }
   } else {
     std::memset(buffer, 0, static_cast<size_t>(cols) * sizeof(float));
