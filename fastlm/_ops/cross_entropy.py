@@ -108,7 +108,7 @@ OP = Op(
         " int ignore_index, float label_smoothing, float z_loss, str reduction) -> (Tensor dlogits)",
         _fake_backward,
     ),
-    backends={"cpu": lambda *args: "cross_entropy.cpu is being written"},
+    backends={"cpu": None},
 )
 
 

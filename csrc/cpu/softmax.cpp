@@ -1,0 +1,123 @@
+// softmax: a row is brought to float32 once and stays in cache for its maximum, its sum of exps and the
+// division; a causal row is not read past its diagonal. Bound by memory; floor: forward reads x (and the
+// mask) and writes y, backward reads dy and y and writes dx.
+#include <cstring>
+#include <memory>
+
+#include "../kernels.h"
+#include "rows.h"
+
+namespace fastlm {
+namespace {
+
+int64_t attended(bool causal, int64_t row, int64_t cols) { return causal ? row % cols + 1 : cols; }
+
+// Where `row` starts in the mask.
+const uint8_t* mask_row(const Mask& mask, int64_t row) {
+  int64_t offset = 0;
+  for (int d = mask.dims - 1; d >= 0; --d) {
+    offset += row % mask.sizes[d] * mask.strides[d];
+    row /= mask.sizes[d];
+  }
+  return mask.data + offset;
+}
+
+// s = scale * x, -inf where keep is 0; returns the maximum of s, which no NaN changes.
+template <bool kMasked>
+float scores(const float* x, const uint8_t* keep, float scale, int64_t n, float* s) {
+  float maximum = -INFINITY;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < n; ++j) {
+    const float scaled = scale * x[j];
+    s[j] = kMasked ? select(keep[j] != 0, scaled, -INFINITY) : scaled;
+    maximum = maximum < s[j] ? s[j] : maximum;
+  }
+  return maximum;
+}
+
+// The first n columns of y; y may be x. keep: null, or one byte a column.
+void softmax_row(const float* x, const uint8_t* keep, float scale, int64_t n, float* y) {
+  const float maximum = keep ? scores<true>(x, keep, scale, n, y) : scores<false>(x, keep, scale, n, y);
+  const float shift = maximum == -INFINITY ? 0.0f : maximum;  // -inf - -inf is NaN
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    y[j] = exp(y[j] - shift);
+    sum += y[j];
+  }
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] *= inverse;
+}
+
+// The first n columns of dx; dx may be dy.
+void gradient_row(const float* dy, const float* y, float scale, int64_t n, float* dx) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += dy[j] * y[j];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) dx[j] = scale * y[j] * (dy[j] - sum);
+}
+
+// Writes the n columns that `values` holds, unless they are there already, and zeros after them.
+template <class T>
+void finish_row(const float* values, int64_t n, int64_t cols, T* out) {
+  if constexpr (!std::is_same_v<T, float>) store_row(values, n, out);
+  std::memset(static_cast<void*>(out + n), 0, static_cast<size_t>(cols - n) * sizeof(T));
+}
+
+template <class T>
+void forward_row(const SoftmaxForward& a, int64_t row, float* buffer, uint8_t* gathered) {
+  const int64_t stride = a.mask.col_stride;
+  int64_t n = attended(a.causal, row, a.cols);
+  const uint8_t* keep = a.mask.data ? mask_row(a.mask, row) : nullptr;
+  if (keep && stride == 0) {
+    n = *keep ? n : 0;
+    keep = nullptr;
+  } else if (keep && stride != 1) {
+    for (int64_t j = 0; j < n; ++j) gathered[j] = keep[j * stride];
+    keep = gathered;
+  }
+  T* y = static_cast<T*>(a.y) + row * a.cols;
+  float* results = results_of(y, buffer);
+  const float* x = float_row(static_cast<const T*>(a.x) + row * a.x_stride, n, buffer);
+  softmax_row(x, keep, a.scale, n, results);
+  finish_row(results, n, a.cols, y);
+}
+
+template <class T>
+void backward_row(const SoftmaxBackward& a, int64_t row, float* buffer) {
+  const int64_t n = attended(a.causal, row, a.cols);
+  const float* dy = float_row(static_cast<const T*>(a.dy) + row * a.dy_stride, n, buffer);
+  const float* y = float_row(static_cast<const T*>(a.y) + row * a.y_stride, n, buffer + a.cols);
+  T* dx = static_cast<T*>(a.dx) + row * a.cols;
+  float* results = results_of(dx, buffer);
+  gradient_row(dy, y, a.scale, n, results);
+  finish_row(results, n, a.cols, dx);
+}
+
+}  // namespace
+
+void softmax_forward(const Context& context, const SoftmaxForward& a) {
+  const bool gathers = a.mask.data && a.mask.col_stride > 1;
+  with_dtype(a.dtype, [&]<class T>() {
+    parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
+      const size_t cols = static_cast<size_t>(a.cols);
+      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> ? 0 : cols]);
+      const std::unique_ptr<uint8_t[]> gathered(new uint8_t[gathers ? cols : 0]);
+      for (int64_t row = first; row < last; ++row) forward_row<T>(a, row, buffer.get(), gathered.get());
+    });
+  });
+}
+
+void softmax_backward(const Context& context, const SoftmaxBackward& a) {
+  with_dtype(a.dtype, [&]<class T>() {
+    parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
+      const size_t cols = static_cast<size_t>(a.cols);
+      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> ? 0 : 2 * cols]);
+      for (int64_t row = first; row < last; ++row) backward_row<T>(a, row, buffer.get());
+    });
+  });
+}
+
+}  // namespace fastlm
