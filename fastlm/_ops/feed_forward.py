@@ -51,7 +51,7 @@ def _linear(x, w, b):
 def _forward(backend, x, w1, b1, w2, b2, activation, dropout_p, seed):
     """(y, z): z = x @ w1.T + b1 is all that backward needs; eager torch keeps four such tensors with dropout.
 
-    b1 is added by the matmul, before z is rounded to half precision: else relu's gradient would meet wrong signs.
+    b1 is added by the matmul, before z is rounded to half precision: else relu's gradient meets wrong signs.
     """
     z = _linear(_rows(x), w1, b1)
     y = _linear(bias_act.OP.forward[backend](z, None, activation, dropout_p, seed), w2, b2)
