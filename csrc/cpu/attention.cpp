@@ -129,7 +129,7 @@ void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range
   for (int64_t j = round_down(std::max<int64_t>(0, keys.begin), kKeys); j < keys.end; j += kKeys) {
     const Range cols = {j, std::min(band.keys, j + kKeys)};
     load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, 1, t.k);
-    transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt);
+    transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt, t.key_ld);
     load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, 1, t.v);
     for (int64_t i = block.begin; i < block.end; i += kRows) {
       forward_rows(a, scores, band, t, block.begin, {i, std::min(block.end, i + kRows)}, cols);

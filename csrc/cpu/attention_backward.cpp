@@ -164,8 +164,8 @@ void key_group(const Head& h, Tiles& t, Range rows, Range group, Range cols) {
 void head_against_keys(const Head& h, Tiles& t, int64_t batch, int64_t head, Range cols) {
   const AttentionInputs& a = h.f.in;
   const Range queries = h.band.queries_of(cols);
-  for (int64_t i = round_down(std::max<int64_t>(0, queries.begin), kQueries); i < queries.end; i += kQueries) {
-    const Range rows = {i, std::min(a.queries, i + kQueries)};
+  for (int64_t i = queries.begin; i < queries.end; i += kQueries) {
+    const Range rows = {i, std::min(queries.end, i + kQueries)};
     const int64_t step = h.band.covers(rows, cols) ? kQueries : kGroup;
     load_rows(a.dtype, a.q, batch, head, rows, a.dim, a.scale, t.q);
     if (h.f.dout.data) {
@@ -194,8 +194,8 @@ void key_tile(const AttentionBackward& f, const float* delta, Tiles& t, const Pa
   if (!cols.empty()) {
     load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, 1, t.k);
     load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, 1, t.v);
-    transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt);
-    transpose_tile(t.v, cols.end - cols.begin, a.value_dim, t.vt);
+    transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt, t.key_ld);
+    transpose_tile(t.v, cols.end - cols.begin, a.value_dim, t.vt, t.key_ld);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = kv_head * group + g, row = (batch * a.heads + head) * a.queries;
       const Scores scores(a, batch, head);

@@ -100,10 +100,10 @@ void store_tile(const float* source, int64_t rows, int64_t cols, float factor, T
   }
 }
 
-// The tile [rows, cols] as a tile [cols, rows], four by four; its padding is zero.
-inline void transpose_tile(const float* source, int64_t rows, int64_t cols, float* out) {
+// The tile [rows, cols] as [cols, rows], four by four; up to a whole cache line its rows end in zeros.
+inline void transpose_tile(const float* source, int64_t rows, int64_t cols, float* out, int64_t out_ld) {
   typedef int Index __attribute__((vector_size(16)));
-  const int64_t ld = padded(cols), out_ld = padded(rows), filled = round_up(rows, 4);
+  const int64_t ld = padded(cols), filled = round_up(rows, 4);
   for (int64_t c = 0; c < round_up(cols, 4); c += 4) {
     for (int64_t r = 0; r < filled; r += 4) {
       const float* from = source + r * ld + c;
@@ -119,7 +119,7 @@ inline void transpose_tile(const float* source, int64_t rows, int64_t cols, floa
     }
   }
   for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t r = filled; r < out_ld; ++r) out[c * out_ld + r] = 0;
+    for (int64_t r = filled; r < round_up(rows, kLine); ++r) out[c * out_ld + r] = 0;
   }
 }
 
