@@ -306,7 +306,11 @@ def test_report_says_what_was_done():
             for name in ("0", "1")
         ],
         "left_alone": [
-            {"name": name, "class": "_OwnNorm", "reason": "a subclass of LayerNorm may compute something else"}
+            {
+                "name": name,
+                "class": "_OwnNorm",
+                "reason": "a subclass of LayerNorm may compute something else",
+            }
             for name in ("2", "3")
         ],
     }

@@ -81,10 +81,11 @@ def _chains(sequential):
 
 
 def _looks_like_a_chain(sequential):
-    kinds = [nn.Linear, (nn.GELU, nn.ReLU, nn.SiLU), nn.Linear]
-    children = [c for c in sequential if not isinstance(c, nn.Dropout)]
-    windows = (children[i : i + 3] for i in range(len(children) - 2))
-    return any(all(map(isinstance, window, kinds)) for window in windows)
+    activation = (nn.GELU, nn.ReLU, nn.SiLU)
+    forms = (nn.Linear, activation, nn.Linear), (nn.Linear, activation, nn.Dropout, nn.Linear)
+    children = list(sequential)
+    windows = ((children[i : i + len(form)], form) for form in forms for i in range(len(children)))
+    return any(len(w) == len(form) and all(map(isinstance, w, form)) for w, form in windows)
 
 
 def _sequential_why_not(sequential):

@@ -33,7 +33,7 @@ def bare_copy(
         return copies[id(module)]
     copied = copies[id(module)] = object.__new__(class_of(module))
     hooks = {name: OrderedDict() for name in module.__dict__ if "_hooks" in name}
-    copied.__dict__.update(module.__dict__ | hooks | {"training": False})
+    copied.__dict__.update(module.__dict__ | hooks | {"training": False, "_compiled_call_impl": None})
     for kind in ("_parameters", "_buffers"):
         tensors = {n: t if t is None else _copy(t, dtype, copies) for n, t in getattr(module, kind).items()}
         copied.__dict__[kind] = tensors

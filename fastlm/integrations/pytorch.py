@@ -169,9 +169,7 @@ def patch(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     report = Report([], [])
-    for name, module in reversed(
-        list(model.named_modules())
-    ):  # parts first: a whole is proved with its new parts
+    for name, module in _parts_first(model, "", set()):
         adapter = TABLE.get(type(module))
         if adapter is None:
             reason = None if type(module) in _TWIN else _subclass_reason(module)
