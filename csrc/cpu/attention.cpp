@@ -102,17 +102,19 @@ void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& ba
 
 void finish(const AttentionForward& f, int64_t batch, int64_t head, Range block, Tiles& t) {
   const AttentionInputs& a = f.in;
-  float* lse = f.lse + (batch * a.heads + head) * a.queries;
+  const int64_t row = (batch * a.heads + head) * a.queries;
   for (int64_t i = block.begin; i < block.end; ++i) {
     const int64_t r = i - block.begin;
     const bool empty = t.sum[r] == 0;
     const float factor = 1 / t.sum[r];
-    lse[i] = empty ? -INFINITY : t.maximum[r] + std::log(t.sum[r]);
+    const double lse = t.maximum[r] + std::log(static_cast<double>(t.sum[r]));
+    f.lse[row + i] = static_cast<float>(lse);
+    f.lse_rest[row + i] = empty ? 0 : static_cast<float>(lse - f.lse[row + i]);
     float* out = t.out + r * t.value_ld;
 #pragma omp simd
     for (int64_t c = 0; c < a.value_dim; ++c) out[c] = empty ? 0 : out[c] * factor;
   }
-  store_rows(a.dtype, t.out, a.heads, a.queries, batch, head, block, a.value_dim, 1, f.out);
+  store_rows(f.out_dtype, t.out, a.heads, a.queries, batch, head, block, a.value_dim, 1, f.out);
 }
 
 void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range block) {

@@ -67,7 +67,7 @@ struct Head {
   const AttentionBackward& f;
   const Scores& scores;
   const Band& band;
-  const float *lse, *delta;  // [queries]: delta_i = dout_i . out_i - dlse_i
+  const float *lse, *lse_rest, *delta;  // [queries]: delta_i = dout_i . out_i - dlse_i
   float* dbias;
   float* dq;  // row `first` of this head's part
   int64_t first;
@@ -95,20 +95,20 @@ void gradient_row(const Head& h, Tiles& t, int64_t i, Range cols, float* s, floa
   const Range kept = attends ? Range{row.begin - cols.begin, row.end - cols.begin} : Range{0, 0};
   h.scores.adjust(i, cols.begin + kept.begin, kept.end - kept.begin, s + kept.begin, t.derivative + kept.begin);
   const Range whole = whole_vectors(kept, -INFINITY, s);
-  const float lse = h.lse[i], delta = h.delta[i];
+  const float lse = h.lse[i], rest = h.lse_rest[i], delta = h.delta[i];
   if (h.scores.drops()) {
     h.scores.dropout(i, cols.begin + whole.begin, whole.end - whole.begin, t.scales);
     const float* scales = t.scales - whole.begin;
 #pragma omp simd
     for (int64_t c = whole.begin; c < whole.end; ++c) {
-      const float p = exp(s[c] - lse);
+      const float p = exp(s[c] - lse - rest);
       s[c] = p * scales[c];
       dp[c] = p * (dp[c] * scales[c] - delta);
     }
   } else {
 #pragma omp simd
     for (int64_t c = whole.begin; c < whole.end; ++c) {
-      const float p = exp(s[c] - lse);
+      const float p = exp(s[c] - lse - rest);
       s[c] = p;
       dp[c] = p * (dp[c] - delta);
     }
@@ -200,8 +200,8 @@ void key_tile(const AttentionBackward& f, const float* delta, Tiles& t, const Pa
       const int64_t head = kv_head * group + g, row = (batch * a.heads + head) * a.queries;
       const Scores scores(a, batch, head);
       float* dbias = f.dbias ? f.dbias + batch * f.dbias_strides[0] + head * f.dbias_strides[1] : nullptr;
-      const Head h = {f, scores, band, f.lse + row, delta + row, dbias, part.dq.get() + g * part_rows * t.dim_ld,
-                      part.rows.begin};
+      float* dq = part.dq.get() + g * part_rows * t.dim_ld;
+      const Head h = {f, scores, band, f.lse + row, f.lse_rest + row, delta + row, dbias, dq, part.rows.begin};
       head_against_keys(h, t, batch, head, cols);
     }
   }
@@ -251,30 +251,44 @@ void backward_chunk(const AttentionBackward& f, const Split& split, const float*
   part.dq.reset();
 }
 
-// delta_i = dout_i . out_i - dlse_i for every query; 0 for one with nothing to attend to.
-Floats make_delta(const Context& context, const AttentionBackward& f) {
+// delta_i = dout_i . out_i - dlse_i for every query: the diagonals of small products, so that it is rounded as the tiles'
+// dp are. A query with one key, whose out is v, then gets exactly the gradient 0 that it should.
+Floats make_delta(const Context& context, const AttentionBackward& f, DType out_dtype, const Heads& out) {
   const AttentionInputs& a = f.in;
-  const int64_t rows = a.batch * a.heads * a.queries;
-  Floats delta = make_floats(rows);
-  with_dtype(a.dtype, [&]<class T>() {
-    parallel_rows(context, rows, a.value_dim, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t i = row % a.queries, head = row / a.queries % a.heads, batch = row / a.queries / a.heads;
-        const auto at = [&](const Heads& t) {
-          return static_cast<const T*>(t.data) + batch * t.batch + head * t.head + i * t.seq;
-        };
-        float sum = 0;
-        if (f.dout.data) {
-          const T *dout = at(f.dout), *out = at(f.out);
-#pragma omp simd reduction(+ : sum)
-          for (int64_t c = 0; c < a.value_dim; ++c) sum += to_float(dout[c]) * to_float(out[c]);
-        }
-        if (f.dlse) sum -= f.dlse[row];
-        delta[row] = sum;
+  const int64_t ld = padded(a.value_dim), blocks = divide_up(a.queries, kQueries);
+  Floats delta = make_floats(a.batch * a.heads * a.queries);
+  parallel_tasks(context, a.batch * a.heads * blocks, [&](int64_t index) {
+    const int64_t batch = index / blocks / a.heads, head = index / blocks % a.heads, first = index % blocks * kQueries;
+    const int64_t last = std::min(a.queries, first + kQueries), row = (batch * a.heads + head) * a.queries;
+    Scratch scratch((2 * kLanes + kLine) * ld + kLanes * kLanes);
+    float *x = scratch.take(kLanes * ld), *y = scratch.take(kLanes * ld), *yt = scratch.take(kLine * ld);
+    float* products = scratch.take(kLanes * kLanes);
+    for (int64_t i = first; i < last; i += kLanes) {
+      const Range rows = {i, std::min(last, i + kLanes)};
+      const int64_t count = rows.end - rows.begin;
+      if (f.dout.data) {
+        load_rows(a.dtype, f.dout, batch, head, rows, a.value_dim, 1, x);
+        load_rows(out_dtype, out, batch, head, rows, a.value_dim, 1, y);
+        transpose_tile(y, count, a.value_dim, yt, kLine);
+        multiply(false, count, count, a.value_dim, {x, ld, 1}, yt, kLine, products, kLanes);
       }
-    });
+      for (int64_t r = 0; r < count; ++r) {
+        const float product = f.dout.data ? products[r * kLanes + r] : 0;
+        delta[row + i + r] = product - (f.dlse ? f.dlse[row + i + r] : 0);
+      }
+    }
   });
   return delta;
+}
+
+// out in float32. The gradient of a float32 bias would show the rounding of a half-precision one: it is a small
+// difference of dp and dout . out.
+Floats make_out(const Context& context, const AttentionBackward& f) {
+  const AttentionInputs& a = f.in;
+  const int64_t rows = a.batch * a.heads * a.queries;
+  Floats out = make_floats(rows * a.value_dim), sums = make_floats(2 * rows);
+  attention_forward(context, {a, DType::kFloat32, out.get(), sums.get(), sums.get() + rows});
+  return out;
 }
 
 }  // namespace
@@ -282,7 +296,10 @@ Floats make_delta(const Context& context, const AttentionBackward& f) {
 void attention_backward(const Context& context, const AttentionBackward& f) {
   const AttentionInputs& a = f.in;
   const Split split(f);
-  const Floats delta = make_delta(context, f);
+  const bool precise = f.dbias && a.dtype != DType::kFloat32;
+  const Floats out = precise ? make_out(context, f) : nullptr;
+  const Heads wide = {out.get(), a.queries * a.heads * a.value_dim, a.value_dim, a.heads * a.value_dim};
+  const Floats delta = make_delta(context, f, precise ? DType::kFloat32 : a.dtype, precise ? wide : f.out);
   const int64_t groups = split.batches * split.kv_heads, batches = a.batch / std::max<int64_t>(1, split.batches);
   const int64_t kv_heads = a.kv_heads / split.kv_heads;
   std::vector<Part> parts(static_cast<size_t>(a.batch * a.kv_heads * split.chunks));

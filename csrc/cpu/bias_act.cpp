@@ -35,8 +35,8 @@ struct Sigmoid {
 };
 
 struct GeluTanh {
-  static constexpr float kLinear = 1.59576912f,
-                         kCubic = 0.0713548163f;  // 2 sqrt(2 / pi), that times 0.044715
+  static constexpr float kLinear = 1.59576912f;  // 2 sqrt(2 / pi)
+  static constexpr float kCubic = 0.0713548163f;  // that times 0.044715
   static float value(float z) { return z * Sigmoid(z * (kLinear + kCubic * (z * z))).value; }
   static float gradient(float z, float g) {
     const float square = z * z;

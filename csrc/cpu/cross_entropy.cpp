@@ -3,7 +3,6 @@
 // softmax", https://arxiv.org/abs/1805.02867). Backward is one pass. Bound by memory and exp; floor: forward
 // reads logits, backward reads logits and writes dlogits.
 #include <cstring>
-#include <type_traits>
 
 #include "../kernels.h"
 #include "rows.h"
@@ -46,13 +45,8 @@ RowSums row_sums(const T* x, int64_t cols) {
   RowSums row;
   for (int64_t begin = 0; begin < cols; begin += kPiece) {
     const int64_t n = std::min(kPiece, cols - begin);
-    if constexpr (std::is_same_v<T, float>) {
-      add_piece<kShifted>(x + begin, begin, n, row);
-    } else {
-      float piece[kPiece];
-      load_row(x + begin, n, piece);
-      add_piece<kShifted>(piece, begin, n, row);
-    }
+    float buffer[kPiece];
+    add_piece<kShifted>(float_row(x + begin, n, buffer), begin, n, row);
   }
   return row;
 }
@@ -105,6 +99,12 @@ void reduce(const CrossEntropyForward& a) {
   *loss = from_float<T>(static_cast<float>(sum));
 }
 
+// out = exp(x - maximum) * scale - even; out may be x.
+void gradient_piece(const float* x, int64_t n, float maximum, float scale, float even, float* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = exp(x[j] - maximum) * scale - even;
+}
+
 template <class T>
 void backward_row(const CrossEntropyBackward& a, int64_t row, float d) {
   const CrossEntropyInput& in = a.in;
@@ -119,9 +119,12 @@ void backward_row(const CrossEntropyBackward& a, int64_t row, float d) {
   const float factor = in.z_loss > 0 ? 1.0f + 2.0f * in.z_loss * lse : 1.0f;
   const float scale = d * factor / a.exp_sum[row];
   const float spread = in.label_smoothing / static_cast<float>(cols), even = d * spread;
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) {
-    dlogits[j] = from_float<T>(exp(to_float(x[j]) - maximum) * scale - even);
+  for (int64_t begin = 0; begin < cols; begin += kPiece) {
+    const int64_t n = std::min(kPiece, cols - begin);
+    float buffer[kPiece];
+    const float* piece = float_row(x + begin, n, buffer);
+    gradient_piece(piece, n, maximum, scale, even, results_of(dlogits + begin, buffer));
+    if constexpr (!std::is_same_v<T, float>) store_row(buffer, n, dlogits + begin);
   }
   const int64_t target = in.target[row];
   const float p = exp(to_float(x[target]) - maximum) / a.exp_sum[row];

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -60,6 +61,44 @@ template <class T>
 void store_row(const float* source, int64_t cols, T* out) {
 #pragma omp simd
   for (int64_t j = 0; j < cols; ++j) out[j] = from_float<T>(source[j]);
+}
+
+#if defined(__F16C__)
+// GCC 12 does not vectorise float16 conversions with the hardware's: plain loops take 3 times as long.
+template <>
+inline void load_row<Half>(const Half* source, int64_t cols, float* out) {
+  int64_t j = 0;
+  for (; j + 8 <= cols; j += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j));
+    _mm256_storeu_ps(out + j, _mm256_cvtph_ps(halves));
+  }
+  for (; j < cols; ++j) out[j] = to_float(source[j]);
+}
+
+template <>
+inline void store_row<Half>(const float* source, int64_t cols, Half* out) {
+  int64_t j = 0;
+  for (; j + 8 <= cols; j += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(source + j), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j), halves);
+  }
+  for (; j < cols; ++j) out[j] = from_float<Half>(source[j]);
+}
+#endif
+
+// A row as float32: itself, or converted into `buffer`.
+template <class T>
+const float* float_row(const T* source, int64_t cols, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) return source;
+  load_row(source, cols, buffer);
+  return buffer;
+}
+
+// Where a row's float32 results go: to the output itself, or into `buffer` on their way to store_row.
+template <class T>
+float* results_of(T* out, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) return out;
+  return buffer;
 }
 
 }  // namespace fastlm

@@ -41,11 +41,13 @@ def parameter(op: str, name: str, t, size: int, x: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {x.dtype} as x or float32, got {t.dtype}")
 
 
-def weight(op: str, name: str, t, size: int, meaning: str, x: torch.Tensor) -> None:
-    """t must be a matrix [any, size] of x's dtype and device; size is what `meaning` says."""
+def weight(op: str, name: str, t, shape: tuple[int | str, ...], x: torch.Tensor) -> None:
+    """t must have `shape` (a word stands for any size) and x's dtype and device."""
     floating(op, name, t)
-    if t.dim() != 2 or t.shape[1] != size or t.device != x.device:
-        raise ValueError(f"{op}: {name} must have {size} columns, {meaning}, on {x.device}, got {got(t)}")
+    fits = all(isinstance(s, str) or s == n for s, n in zip(shape, t.shape, strict=False))
+    if t.dim() != len(shape) or not fits or t.device != x.device:
+        words = ", ".join(map(str, shape))
+        raise ValueError(f"{op}: {name} must have shape [{words}] on {x.device}, got {got(t)}")
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must be {x.dtype} as x, got {t.dtype}")
 

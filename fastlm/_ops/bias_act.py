@@ -1,7 +1,7 @@
 """bias_act: y = dropout(act(x + bias)) over the last axis.
 
-Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415: gelu, its tanh form
-and silu.
+Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415: gelu, its tanh
+form, and silu.
 """
 
 from functools import partial
@@ -53,10 +53,10 @@ def _fake_forward(x, bias, activation, dropout_p, seed):
 
 
 def _fake_backward(dy, x, bias, activation, dropout_p, seed, needs):
+    cols = x.shape[-1] if x.dim() else 1
+    dtype = torch.float32 if bias is None else bias.dtype
     dx = x.new_empty(x.shape if needs[0] else (0,))
-    if bias is None or not needs[1]:
-        return dx, x.new_empty((0,), dtype=torch.float32 if bias is None else bias.dtype)
-    return dx, bias.new_empty(bias.shape)
+    return dx, x.new_empty((cols if needs[1] else 0,), dtype=dtype)
 
 
 OP = Op(

@@ -30,10 +30,11 @@ def check(x, w1, b1, w2, b2, activation, dropout_p, seed):
     x, w1, b1, w2, b2 = matmul_operands(x, w1, b1, w2, b2)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have a last axis, got {_check.got(x)}")
-    _check.weight(op, "w1", w1, x.shape[-1], "x's last axis", x)
-    _check.weight(op, "w2", w2, w1.shape[0], "w1's first axis", x)
-    _check.parameter(op, "b1", b1, w1.shape[0], x)
-    _check.parameter(op, "b2", b2, w2.shape[0], x)
+    _check.weight(op, "w1", w1, ("hidden", x.shape[-1]), x)
+    _check.weight(op, "w2", w2, ("out", w1.shape[0]), x)
+    for name, bias, size in (("b1", b1, w1.shape[0]), ("b2", b2, w2.shape[0])):
+        if bias is not None:
+            _check.weight(op, name, bias, (size,), x)
     _check.choice(op, "activation", activation, tuple(bias_act.ACTIVATIONS))
     p = _check.probability(op, dropout_p)
     return x, w1, b1, w2, b2, activation, p, _check.dropout_seed(op, p, seed, x)
@@ -43,24 +44,30 @@ def _rows(t):
     return t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
+def _linear(x, w, b):
+    return torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
+
+
 def _forward(backend, x, w1, b1, w2, b2, activation, dropout_p, seed):
-    """(y, z): z = x @ w1.T is all that backward needs; eager torch keeps four such tensors with dropout."""
-    z = torch.mm(_rows(x), w1.t())
-    a = bias_act.OP.forward[backend](z, b1, activation, dropout_p, seed)
-    y = torch.mm(a, w2.t()) if b2 is None else torch.addmm(b2.to(x.dtype), a, w2.t())
+    """(y, z): z = x @ w1.T + b1 is all that backward needs; eager torch keeps four such tensors with dropout.
+
+    b1 is added by the matmul, before z is rounded to half precision: else relu's gradient meets wrong signs.
+    """
+    z = _linear(_rows(x), w1, b1)
+    y = _linear(bias_act.OP.forward[backend](z, None, activation, dropout_p, seed), w2, b2)
     return y.reshape(*x.shape[:-1], w2.shape[0]), z
 
 
 def _backward(backend, dy, x, w1, b1, w2, b2, z, activation, dropout_p, seed, needs):
     """The activation is computed again, and its memory then holds its own gradient."""
-    kernels, dy, middle = bias_act.OP, _rows(dy), (z, b1, activation, dropout_p, seed)
+    kernels, dy, middle = bias_act.OP, _rows(dy), (z, None, activation, dropout_p, seed)
     grads = [x.new_empty(0) for _ in needs]
     a = None
     if needs[3]:
         a = kernels.forward[backend](*middle)
         grads[3] = torch.mm(dy.t(), a)
     if needs[4]:
-        grads[4] = dy.sum(0, dtype=b2.dtype)
+        grads[4] = dy.sum(0)
     if not any(needs[:3]):
         return tuple(grads)
     da = torch.mm(dy, w2, out=a)
@@ -70,7 +77,7 @@ def _backward(backend, dy, x, w1, b1, w2, b2, z, activation, dropout_p, seed, ne
     if needs[1]:
         grads[1] = torch.mm(dz.t(), _rows(x))
     if needs[2]:
-        grads[2] = db1
+        grads[2] = db1.to(x.dtype)
     return tuple(grads)
 
 
@@ -119,12 +126,12 @@ def feed_forward(
     """A Transformer's feed-forward layer: linear, activation, dropout, linear.
 
     y = dropout(act(x @ w1.T + b1)) @ w2.T + b2. Differentiable in x, weights and biases. Kept for backward
-    beside the inputs: x @ w1.T alone. Under autocast all are cast as torch.nn.functional.linear casts its own.
+    beside the inputs: x @ w1.T + b1 alone. Under autocast all are cast as torch.nn.functional.linear casts.
 
     Args:
         x: float32, float16, bfloat16 or float64, shape [..., in].
         w1, w2: [hidden, in] and [out, hidden] as nn.Linear keeps them, in x's dtype.
-        b1, b2: [hidden] and [out] in x's dtype, or float32 with a half-precision x; None: 0.
+        b1, b2: [hidden] and [out] in x's dtype; None: 0.
         activation: "gelu" (by erf), "gelu_tanh" (approximated by tanh), "relu" or "silu" (x * sigmoid(x)).
         dropout_p: probability in [0, 1) that an activation is set to 0; applied whenever it is above 0.
         seed: of the dropout mask: an int, an int64 tensor [1] on x's device, or None to draw one there.

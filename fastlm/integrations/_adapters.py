@@ -1,4 +1,4 @@
-"""Which torch.nn modules fastlm.patch swaps: for each its fastlm class, the refusals, and the trials of its proof."""
+"""Which torch.nn modules fastlm.patch swaps: for each its class, the refusals and the trials of its proof."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from .. import nn as fastlm_nn
-from ..nn._fused import activation_name, is_plain
 from ..nn.sequential import chain_at
 from ..testing.cases import Draw
 from ._proof import Trial
@@ -19,8 +18,9 @@ _BATCH, _SEQ, _MEMORY = 3, 17, 11  # odd sizes: they end inside a tile
 class Adapter:
     """One row of the table.
 
-    new: the class that an instance gets. trials: (module, draw) -> calls that prove it. why_not: module -> a reason
-    to leave it alone, or None. applies: whether the module is of interest at all. part: what of it is proved.
+    new: the class that an instance gets. trials: (module, draw) -> calls that prove it. why_not: module ->
+    a reason to leave it alone, or None. applies: whether the module is of interest at all. part: what of it
+    is proved.
     """
 
     new: type[nn.Module]
@@ -81,10 +81,11 @@ def _chains(sequential):
 
 
 def _looks_like_a_chain(sequential):
-    kinds = [nn.Linear, (nn.GELU, nn.ReLU, nn.SiLU), nn.Linear]
-    children = [c for c in sequential if not isinstance(c, nn.Dropout)]
-    windows = (children[i : i + 3] for i in range(len(children) - 2))
-    return any(all(map(isinstance, window, kinds)) for window in windows)
+    activation = (nn.GELU, nn.ReLU, nn.SiLU)
+    forms = (nn.Linear, activation, nn.Linear), (nn.Linear, activation, nn.Dropout, nn.Linear)
+    children = list(sequential)
+    windows = ((children[i : i + len(form)], form) for form in forms for i in range(len(children)))
+    return any(len(w) == len(form) and all(map(isinstance, w, form)) for w, form in windows)
 
 
 def _sequential_why_not(sequential):

@@ -1,4 +1,4 @@
-"""Proves on a copy that a module computes the same in its fastlm class: outputs and gradients by the 2x rule."""
+"""Proves on copies that a module computes the same in its fastlm class: the 2x rule, with gradients."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def bare_copy(
     dtype: torch.dtype | None = None,
     copies: dict | None = None,
 ) -> nn.Module:
-    """A copy in evaluation mode, without hooks, whose parameters are fresh leaves; what is shared stays shared.
+    """A copy in evaluation mode, without hooks, its parameters fresh leaves; what is shared stays shared.
 
     class_of: module -> the class of its copy. dtype: of the copy's floating tensors; None keeps theirs.
     """
@@ -33,7 +33,7 @@ def bare_copy(
         return copies[id(module)]
     copied = copies[id(module)] = object.__new__(class_of(module))
     hooks = {name: OrderedDict() for name in module.__dict__ if "_hooks" in name}
-    copied.__dict__.update(module.__dict__ | hooks | {"training": False})
+    copied.__dict__.update(module.__dict__ | hooks | {"training": False, "_compiled_call_impl": None})
     for kind in ("_parameters", "_buffers"):
         tensors = {n: t if t is None else _copy(t, dtype, copies) for n, t in getattr(module, kind).items()}
         copied.__dict__[kind] = tensors

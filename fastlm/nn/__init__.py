@@ -1,4 +1,4 @@
-"""Modules whose forward calls a fastlm op; each subclasses its torch.nn twin: same constructor, same state_dict."""
+"""Modules whose forward calls a fastlm op, as subclasses of their torch.nn twins."""
 
 from .cross_entropy_loss import CrossEntropyLoss
 from .dropout import Dropout

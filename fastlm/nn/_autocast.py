@@ -6,7 +6,7 @@ _FLOAT32_ON_CPU = ("cross_entropy",)  # of the ops that ask here, the one that t
 
 
 def as_autocast(op: str, x: Tensor) -> Tensor:
-    """x in the dtype in which torch computes `op`: float32 under autocast, where its device's rules say so."""
+    """x in the dtype in which torch computes `op`: float32 under autocast, where the device says so."""
     kind = x.device.type
     widened = x.itemsize < 4 and is_autocast_enabled(kind) and (kind != "cpu" or op in _FLOAT32_ON_CPU)
     return x.float() if widened else x

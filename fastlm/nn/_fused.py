@@ -1,7 +1,7 @@
 """Steps of a Transformer layer in one op each, where its parts are the plain modules that the op stands for.
 
-A part that has hooks, was replaced, subclassed or parametrised is called as it is, so that what its owner wanted
-of it happens.
+A part that has hooks, was replaced, subclassed or parametrised is called as it is, so that what its owner
+wanted of it happens.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of one of `classes`, and a call of it does nothing besides their forward."""
+    """Whether `module` is exactly of one of `classes`, and a call does nothing besides its forward."""
     return (
         type(module) in classes
         and "forward" not in module.__dict__

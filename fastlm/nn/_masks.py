@@ -11,8 +11,8 @@ from torch import Tensor
 def is_causal(mask: Tensor | None, hint: bool | None = None) -> bool:
     """Whether a torch.nn attention mask [seq, seq] excludes exactly the keys after each query.
 
-    hint: True is believed, as torch does. Values are read on the CPU outside compilation only: elsewhere reading
-    them would wait for the device, and the mask works as it is.
+    hint: True is believed, as torch does. Values are read on the CPU outside compilation only: elsewhere
+    reading them would wait for the device, and the mask works as it is.
     """
     if hint or mask is None:
         return bool(hint)

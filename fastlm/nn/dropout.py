@@ -8,8 +8,8 @@ from .. import ops
 class Dropout(nn.Dropout):
     """Sets elements to 0 with probability p while training, and scales the others by 1 / (1 - p).
 
-    The masks come from Philox with a seed drawn from torch's generator: torch.manual_seed repeats them, but they
-    are other masks than torch.nn.Dropout's.
+    The masks come from Philox with a seed drawn from torch's generator: torch.manual_seed repeats them, but
+    they are other masks than torch.nn.Dropout's.
 
     Args:
         p: probability in [0, 1]; inplace: overwrite the input (done by torch, for a fastlm op never writes

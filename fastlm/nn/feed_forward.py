@@ -18,8 +18,8 @@ _ACTIVATIONS = {
 class FeedForward(nn.Module):
     """The position-wise network of a Transformer: linear2(dropout(activation(linear1(x)))).
 
-    Its state_dict has the keys linear1.weight, linear1.bias, linear2.weight and linear2.bias, as the layers of
-    torch.nn.TransformerEncoderLayer.
+    Its state_dict has the keys linear1.weight, linear1.bias, linear2.weight and linear2.bias, as the layers
+    of torch.nn.TransformerEncoderLayer.
 
     Args:
         d_model: size of the last axis of input and output; dim_feedforward: size of the hidden axis.

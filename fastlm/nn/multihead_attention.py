@@ -10,12 +10,13 @@ from . import _masks
 class MultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention; constructor and state_dict of torch.nn.MultiheadAttention.
 
-    need_weights, bias_k and bias_v, add_zero_attn and nested tensors are computed by torch, and wrong shapes are
-    refused in torch's words. A mask that is exactly causal costs nothing: the excluded tiles are skipped. A query
-    with nothing to attend to gives the bias of out_proj, never NaN.
+    need_weights, bias_k and bias_v, add_zero_attn and nested tensors are computed by torch, and wrong
+    shapes are refused in torch's words. A mask that is exactly causal costs nothing: the excluded tiles are
+    skipped. A query with nothing to attend to gives the bias of out_proj, never NaN.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
+        dtype:
             as torch.nn.MultiheadAttention.
 
     Source: Vaswani et al., "Attention is all you need", https://arxiv.org/abs/1706.03762.
@@ -32,8 +33,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of `query` to `key` and `value`, each [batch, seq, dim] if batch_first, [seq, batch, dim] or
-        [seq, dim].
+        """Attention to keys and values; [batch, seq, dim] if batch_first, [seq, batch, dim], or [seq, dim].
 
         Args:
             query, key, value: where they are one tensor, one projection makes all three.
@@ -64,20 +64,20 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _fits(self, query, key, value, padding, attn_mask) -> bool:
         """Whether the kernel has all that this call asks for; else torch runs it, or refuses it."""
-        dims = query.dim()
-        if any(t.is_nested or t.dim() != dims for t in (query, key, value)) or dims not in (2, 3):
+        inputs = query, key, value
+        if any(t.is_nested or t.dim() != query.dim() for t in inputs) or query.dim() not in (2, 3):
             return False
         if self.bias_k is not None or self.add_zero_attn or (self.training and self.dropout >= 1.0):
             return False
-        seq, batch = (1, 0) if self.batch_first else (0, 1)
-        queries, keys, n = (
-            (query.shape[seq], key.shape[seq], query.shape[batch]) if dims == 3 else (len(query), len(key), 1)
-        )
-        if key.shape[:-1] != value.shape[:-1] or (dims == 3 and key.shape[batch] != n):
-            return False
-        sizes = (query.shape[-1], key.shape[-1], value.shape[-1]) == (self.embed_dim, self.kdim, self.vdim)
-        padding = padding[None] if padding is not None and dims == 2 else padding
-        return sizes and _masks.fits(attn_mask, padding, n, self.num_heads, queries, keys)
+        if query.dim() == 2:
+            query, key, value = (t[None] for t in inputs)
+            padding = None if padding is None else padding[None]
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in inputs)
+        (batch, queries, size), keys = query.shape, key.shape[1]
+        shapes = size == self.embed_dim and key.shape == (batch, keys, self.kdim)
+        masks = _masks.fits(attn_mask, padding, batch, self.num_heads, queries, keys)
+        return shapes and masks and value.shape == (batch, keys, self.vdim)
 
     def _projections(self, query, key, value):
         """(q, k, v), each [..., embed_dim]; slices of one projection where the inputs are one tensor."""
@@ -95,6 +95,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         return tuple(F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _heads(self, x: Tensor, dims: int) -> Tensor:
-        """x [batch, seq, embed_dim], [seq, batch, embed_dim] or [seq, embed_dim] as [batch, heads, seq, dim]."""
+        """A projection, laid out as the inputs are, as [batch, heads, seq, dim]."""
         x = (x[None] if dims == 2 else x).unflatten(-1, (self.num_heads, self.head_dim))
         return x.transpose(1, 2) if self.batch_first or dims == 2 else x.permute(1, 2, 0, 3)

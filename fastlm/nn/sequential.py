@@ -1,4 +1,4 @@
-"""Sequential: torch.nn.Sequential whose Linear, activation, (Dropout,) Linear chains run on ops.feed_forward."""
+"""Sequential: torch.nn.Sequential whose Linear, activation, (Dropout,) Linear chains are one op."""
 
 from collections.abc import Sequence
 

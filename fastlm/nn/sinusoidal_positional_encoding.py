@@ -45,8 +45,7 @@ class SinusoidalPositionalEncoding(nn.Module):
         sequence_last = self.batch_first or input.dim() == 2
         seq = input.shape[-2] if sequence_last else input.shape[0]
         if seq > self.table.shape[0]:
-            raise ValueError(
-                f"SinusoidalPositionalEncoding: input must be at most max_len={self.table.shape[0]} long, got {seq}"
-            )
+            most = f"at most max_len={self.table.shape[0]} long"
+            raise ValueError(f"SinusoidalPositionalEncoding: input must be {most}, got {seq}")
         table = self.table[:seq].to(input.dtype)
         return self.dropout(input + (table if sequence_last else table[:, None]))

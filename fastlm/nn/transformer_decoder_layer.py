@@ -10,11 +10,11 @@ from .transformer_encoder_layer import use_fastlm_parts
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
-    """Self-attention, cross-attention and a feed-forward network; constructor and state_dict of the torch twin.
+    """Self-attention, cross-attention and a feed-forward network; torch's constructor and state_dict.
 
     Pre-norm: a = x + dropout1(self_attn(norm1(x))), b = a + dropout2(multihead_attn(norm2(a), memory)),
-    y = b + dropout3(ff(norm3(b))); post-norm applies each norm after the addition. Each dropout, addition and norm
-    that follow each other are one op.
+    y = b + dropout3(ff(norm3(b))); post-norm applies each norm after the addition. Each dropout, addition and
+    norm that follow each other are one op.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,

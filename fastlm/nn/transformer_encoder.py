@@ -8,7 +8,7 @@ from .transformer_encoder_layer import TransformerEncoderLayer
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """A stack of encoder layers and an optional norm; constructor and state_dict of torch.nn.TransformerEncoder.
+    """A stack of encoder layers and an optional norm; torch's constructor and state_dict.
 
     Padding is never cut off: outputs have src's shape, and are unspecified at padded positions.
 

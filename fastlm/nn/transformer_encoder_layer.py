@@ -20,12 +20,12 @@ def use_fastlm_parts(layer: nn.Module) -> None:
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """Self-attention and a feed-forward network; constructor and state_dict of torch.nn.TransformerEncoderLayer.
+    """Self-attention and a feed-forward network; torch's constructor and state_dict.
 
     Pre-norm: h = x + dropout1(self_attn(norm1(x))), y = h + dropout2(ff(norm2(h))); post-norm:
-    h = norm1(x + dropout1(self_attn(x))), y = norm2(h + dropout2(ff(h))). Each dropout, addition and norm that
-    follow each other are one op. Outputs at padded positions are unspecified. torch's fast path for evaluation is
-    taken for nested tensors only. Activations other than ReLU, GELU and SiLU run through torch.
+    h = norm1(x + dropout1(self_attn(x))), y = norm2(h + dropout2(ff(h))). Each dropout, addition and norm
+    that follow each other are one op. Outputs at padded positions are unspecified. torch's fast path for
+    evaluation is taken for nested tensors only. Activations other than ReLU, GELU and SiLU run through torch.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,

@@ -16,8 +16,8 @@ def _infinities(d):
     return {"x": torch.tensor([[float("inf"), 1.0, -float("inf")]], dtype=d.dtype)}
 
 
-def _each(name, inputs):
-    return [Case(f"{name}-{a}", lambda d, a=a: inputs(d) | {"activation": a}) for a in ACTIVATIONS]
+def _each(name, inputs, activations=ACTIVATIONS):
+    return [Case(f"{name}-{a}", lambda d, a=a: inputs(d) | {"activation": a}) for a in activations]
 
 
 CASES = [
@@ -36,5 +36,5 @@ CASES = [
     Case("no-columns", lambda d: _biased(d, 3, 0)),
     *_each("extreme", lambda d: {"x": d.normal(4, 40, scale=100.0)}),
     *_each("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype), "bias": d.normal(40)}),
-    *_each("infinite", _infinities),
+    *_each("infinite", _infinities, ("gelu_tanh", "relu", "silu")),  # torch's float32 gelu(inf) is NaN
 ]

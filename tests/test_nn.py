@@ -1,0 +1,340 @@
+"""Transformer modules beside their torch.nn twins: state_dict, outputs, gradients, masks, hooks."""
+
+import pytest
+import torch
+from torch import nn
+from twins import assert_alike, pair
+
+import fastlm
+from fastlm.testing.compare import KernelCalls
+
+BATCH, SEQ, HEADS, DIM, HIDDEN = 3, 10, 4, 32, 48
+
+TWINS = {
+    "LayerNorm": (DIM,),
+    "Dropout": (0.1,),
+    "Softmax": (-1,),
+    "CrossEntropyLoss": (torch.rand(5),),
+    "MultiheadAttention": (DIM, HEADS),
+    "TransformerEncoderLayer": (DIM, HEADS, HIDDEN),
+    "TransformerDecoderLayer": (DIM, HEADS, HIDDEN),
+}
+
+
+def later(size=SEQ):
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
+
+
+def padding():
+    mask = torch.zeros(BATCH, SEQ, dtype=torch.bool)
+    mask[0, -4:] = True
+    mask[1, :2] = True
+    return mask
+
+
+def scattered():
+    return (torch.rand(BATCH * HEADS, SEQ, SEQ) < 0.3) & ~torch.eye(SEQ, dtype=torch.bool)
+
+
+MASKS = {
+    "none": lambda: {},
+    "causal-bool": lambda: {"src_mask": later()},
+    "causal-float": lambda: {"src_mask": nn.Transformer.generate_square_subsequent_mask(SEQ)},
+    "is-causal": lambda: {"src_mask": later(), "is_causal": True},
+    "is-causal-padding": lambda: {
+        "src_mask": later(),
+        "is_causal": True,
+        "src_key_padding_mask": torch.arange(SEQ).expand(BATCH, SEQ) >= 7,
+    },
+    "bool-per-head": lambda: {"src_mask": scattered()},
+    "float": lambda: {"src_mask": torch.randn(SEQ, SEQ)},
+    "float-per-head": lambda: {"src_mask": torch.randn(BATCH * HEADS, SEQ, SEQ)},
+    "padding": lambda: {"src_key_padding_mask": padding()},
+    "padding-float": lambda: {"src_key_padding_mask": torch.randn(BATCH, SEQ)},
+    "padding-and-bool": lambda: {"src_key_padding_mask": padding(), "src_mask": scattered()},
+    "padding-and-float": lambda: {
+        "src_key_padding_mask": torch.randn(BATCH, SEQ),
+        "src_mask": torch.randn(SEQ, SEQ),
+    },
+}
+
+
+def as_given(masks, dtype):
+    return {n: m.to(dtype) if torch.is_tensor(m) and m.is_floating_point() else m for n, m in masks.items()}
+
+
+def sequence(batch_first=True, seq=SEQ, dim=DIM):
+    return torch.randn(*((BATCH, seq) if batch_first else (seq, BATCH)), dim)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_state_dict_and_class_are_the_twins(name):
+    ours, twin = getattr(fastlm.nn, name)(*TWINS[name]), getattr(nn, name)(*TWINS[name])
+    assert isinstance(ours, getattr(nn, name))
+    assert list(ours.state_dict()) == list(twin.state_dict())
+    ours.load_state_dict(twin.state_dict())
+    twin.load_state_dict(ours.state_dict())
+    assert repr(ours) == repr(twin)
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch-first", "seq-first"])
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_encoder_layer_computes_what_its_twin_does(norm_first, batch_first, masks):
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": batch_first, "norm_first": norm_first}
+    kinds = fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer
+    ours, twin = pair(*kinds, DIM, HEADS, HIDDEN, **options)
+    masks = masks()
+    kernels = assert_alike(ours, twin, [sequence(batch_first)], lambda m, x: m(x, **as_given(masks, x.dtype)))
+    assert kernels >= {"attention", "layer_norm", "feed_forward", "attention_backward", "layer_norm_backward"}
+    assert ("dropout_add" in kernels) == norm_first
+
+
+@pytest.mark.parametrize(
+    "activation", ["relu", nn.functional.silu, torch.tanh], ids=["relu", "silu", "other"]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_encoder_layer_takes_every_activation(activation, bias):
+    kinds = fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer
+    ours, twin = pair(*kinds, DIM, HEADS, HIDDEN, 0.0, activation, bias=bias)
+    kernels = assert_alike(ours, twin, [sequence()])
+    assert ("feed_forward" in kernels) == (activation is not torch.tanh)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encoder_layer_works_in_half_precision(dtype):
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True, "dtype": dtype}
+    kinds = fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer
+    ours, twin = pair(*kinds, DIM, HEADS, HIDDEN, **options)
+    assert_alike(ours, twin, [sequence().to(dtype)], lambda m, x: m(x, later(), padding()))
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch-first", "seq-first"])
+def test_decoder_layer_computes_what_its_twin_does(norm_first, batch_first):
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": batch_first, "norm_first": norm_first}
+    kinds = fastlm.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer
+    ours, twin = pair(*kinds, DIM, HEADS, HIDDEN, **options)
+    masks = {
+        "tgt_mask": later(7),
+        "tgt_is_causal": True,
+        "memory_mask": torch.rand(7, SEQ) < 0.3,
+        "memory_key_padding_mask": torch.arange(SEQ).expand(BATCH, SEQ) == 9,
+    }
+    masks["memory_mask"][:, 0] = False
+    inputs = [sequence(batch_first, 7), sequence(batch_first)]
+    kernels = assert_alike(ours, twin, inputs, lambda m, tgt, memory: m(tgt, memory, **masks))
+    assert kernels >= {"attention", "layer_norm", "feed_forward"}
+
+
+def test_decoder_layer_runs_inside_torchs_decoder():
+    kinds = fastlm.nn.TransformerDecoderLayer, nn.TransformerDecoderLayer
+    ours, twin = pair(*kinds, DIM, HEADS, HIDDEN, 0.0, "gelu")
+    assert_alike(nn.TransformerDecoder(ours, 2), nn.TransformerDecoder(twin, 2), [sequence(), sequence()])
+
+
+def encoders(**options):
+    made = []
+    for kind in (fastlm.nn, nn):
+        layer = kind.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, batch_first=True, **options)
+        made.append(kind.TransformerEncoder(layer, 2, kind.LayerNorm(DIM), enable_nested_tensor=False))
+    made[0].load_state_dict(made[1].state_dict())
+    return made
+
+
+@pytest.mark.parametrize("is_causal", [None, True])
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_encoder_computes_what_its_twin_does(norm_first, is_causal):
+    ours, twin = encoders(norm_first=norm_first, activation="gelu")
+
+    def run(module, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(SEQ, dtype=x.dtype)
+        return module(x, mask=mask, is_causal=is_causal)
+
+    assert assert_alike(ours, twin, [sequence()], run) >= {"attention", "layer_norm", "feed_forward"}
+
+
+def test_padding_in_evaluation_keeps_the_shape_and_the_real_tokens():
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, batch_first=True)
+    twin = nn.TransformerEncoder(layer, 2).eval()  # here torch takes its fast path, and nested tensors
+    ours = fastlm.nn.TransformerEncoder(
+        fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, batch_first=True), 2
+    )
+    ours.load_state_dict(twin.state_dict())
+    mask = torch.arange(SEQ).expand(BATCH, SEQ) >= 6  # all sequences are shorter than the batch
+    x = sequence()
+    with torch.no_grad(), KernelCalls() as calls:
+        got = ours.eval()(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        expected = twin(x, src_key_padding_mask=mask)
+    assert got.shape == x.shape
+    assert "attention.cpu" in calls.names
+    torch.testing.assert_close(got[:, :6], expected[:, :6])
+
+
+def test_encoder_gives_other_layers_the_floating_masks_that_torch_gives():
+    class Layer(nn.TransformerEncoderLayer):
+        def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+            seen.extend((src_mask.dtype, src_key_padding_mask.dtype, is_causal))
+            return src
+
+    seen = []
+    encoder = fastlm.nn.TransformerEncoder(Layer(DIM, HEADS, HIDDEN, batch_first=True), 1)
+    encoder(sequence(), mask=later(), src_key_padding_mask=padding())
+    assert seen == [torch.float32, torch.float32, True]
+
+
+def test_nested_tensors_still_work_in_a_layer_inside_torchs_encoder():
+    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, batch_first=True)
+    with torch.no_grad():
+        out = nn.TransformerEncoder(layer, 2).eval()(sequence(), src_key_padding_mask=padding().flip(1))
+    assert out.isfinite().all()
+
+
+ATTENTIONS = {
+    "packed": ({}, "self"),
+    "seq-first": ({"batch_first": False}, "self"),
+    "no-bias": ({"bias": False}, "self"),
+    "keys-are-values": ({}, "memory"),
+    "three-inputs": ({}, "three"),
+    "kdim-vdim": ({"kdim": 20, "vdim": 24}, "three"),
+    "unbatched": ({}, "unbatched"),
+}
+
+
+@pytest.mark.parametrize(("options", "inputs"), ATTENTIONS.values(), ids=ATTENTIONS.keys())
+def test_attention_computes_what_its_twin_does(options, inputs):
+    options = {"batch_first": True} | options
+    ours, twin = pair(fastlm.nn.MultiheadAttention, nn.MultiheadAttention, DIM, HEADS, **options)
+    x, memory = sequence(options["batch_first"]), sequence(options["batch_first"], 6)
+    given, run = {
+        "self": ([x], lambda m, x: m(x, x, x, need_weights=False)[0]),
+        "memory": ([x, memory], lambda m, q, k: m(q, k, k, need_weights=False)[0]),
+        "three": (
+            [x, sequence(seq=6, dim=twin.kdim), sequence(seq=6, dim=twin.vdim)],
+            lambda m, *x: m(*x, need_weights=False)[0],
+        ),
+        "unbatched": (
+            [x[0]],
+            lambda m, x: m(x, x, x, torch.arange(SEQ) > 7, False, scattered()[:HEADS])[0],
+        ),
+    }[inputs]
+    assert assert_alike(ours, twin, given, run) >= {"attention", "attention_backward"}
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_weights_and_extra_keys_run_through_torch(options, average):
+    options |= {"batch_first": True}
+    ours, twin = pair(fastlm.nn.MultiheadAttention, nn.MultiheadAttention, DIM, HEADS, **options)
+    x = sequence()
+    for need_weights in (True, False):
+        call = {"need_weights": need_weights, "average_attn_weights": average, "attn_mask": later()}
+        (got, weights), (expected, others) = ours(x, x, x, **call), twin(x, x, x, **call)
+        torch.testing.assert_close(got, expected)
+        assert (weights is None) == (others is None) == (not need_weights)
+        if need_weights:
+            assert torch.equal(weights, others)
+
+
+@pytest.mark.parametrize(
+    "mask", [later(), nn.Transformer.generate_square_subsequent_mask(SEQ)], ids=["bool", "float"]
+)
+def test_a_mask_that_is_causal_becomes_causal_attention(mask, monkeypatch):
+    seen = []
+    original = fastlm.ops.attention
+    monkeypatch.setattr(fastlm.ops, "attention", lambda *a, **k: seen.append(k) or original(*a, **k))
+    attention, x = fastlm.nn.MultiheadAttention(DIM, HEADS, batch_first=True), sequence()
+    other = mask.clone()
+    other[0, 1] = 0
+    for given in (mask, other, None):
+        attention(x, x, x, attn_mask=given, need_weights=False)
+    assert [k["causal"] for k in seen] == ["top_left", False, False]
+    assert seen[0]["mask"] is None and seen[0]["bias"] is None
+    assert (seen[1]["mask"] is None) != (seen[1]["bias"] is None)
+
+
+def test_a_query_with_nothing_to_attend_to_gives_the_output_bias():
+    attention, x = fastlm.nn.MultiheadAttention(DIM, HEADS, batch_first=True), sequence().requires_grad_()
+    nn.init.normal_(attention.out_proj.bias)
+    out = attention(x, x, x, torch.ones(BATCH, SEQ, dtype=torch.bool), need_weights=False)[0]
+    assert torch.equal(out, attention.out_proj.bias.expand_as(out))
+    out.sum().backward()
+    assert x.grad.eq(0).all()
+
+
+def test_wrong_inputs_are_refused_in_torchs_words():
+    ours, twin = pair(fastlm.nn.MultiheadAttention, nn.MultiheadAttention, DIM, HEADS, batch_first=True)
+    x = sequence()
+    for options in ({"attn_mask": later(4)}, {"key_padding_mask": padding()[:, :3]}, {"is_causal": True}):
+        with pytest.raises((RuntimeError, AssertionError)) as expected:
+            twin(x, x, x, need_weights=False, **options)
+        with pytest.raises(expected.type) as error:
+            ours(x, x, x, need_weights=False, **options)
+        assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("part", ["norm2", "dropout1", "linear1", "self_attn", "dropout2", "dropout"])
+def test_a_hook_on_a_part_of_a_layer_is_called(part):
+    layer, seen = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, norm_first=True), []
+    x = sequence()
+    plain = layer.eval()(x)
+    getattr(layer, part).register_forward_hook(lambda *args: seen.append(part))
+    torch.testing.assert_close(layer(x), plain)
+    assert seen == [part]
+
+
+def test_a_replaced_part_of_a_layer_is_called():
+    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, norm_first=True)
+    layer.norm2, layer.linear2 = nn.RMSNorm(DIM), nn.Sequential(nn.Linear(HIDDEN, DIM), nn.Tanh())
+    layer.dropout2 = nn.Identity()
+    x = sequence()
+    twin = nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, norm_first=True)
+    twin.norm2, twin.linear2, twin.dropout2 = layer.norm2, layer.linear2, layer.dropout2
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_every_dropout_of_a_layer_is_applied_in_training_only(name, norm_first):
+    layer = getattr(fastlm.nn, name)(DIM, HEADS, HIDDEN, 0.0, norm_first=norm_first)
+    inputs = [sequence()] * (2 if "Decoder" in name else 1)
+    plain = layer(*inputs)
+    for part in [m for m in layer.modules() if isinstance(m, nn.Dropout)]:
+        part.p = 0.5
+        assert not torch.equal(layer(*inputs), plain)
+        assert torch.equal(layer.eval()(*inputs), plain)
+        layer.train()
+        part.p = 0.0
+    layer.self_attn.dropout = 0.5
+    assert not torch.equal(layer(*inputs), plain)
+
+
+def autocast_pairs():
+    for name, args in TWINS.items():
+        yield pytest.param(*pair(getattr(fastlm.nn, name), getattr(nn, name), *args), id=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ours", "twin"), list(autocast_pairs()))
+def test_autocast_returns_the_twins_dtype(ours, twin, dtype):
+    x = sequence().to(dtype)
+    runs = {
+        "MultiheadAttention": lambda m: m(x, x, x, need_weights=False)[0],
+        "TransformerDecoderLayer": lambda m: m(x, x),
+        "CrossEntropyLoss": lambda m: m(x.flatten(0, 1), torch.zeros(BATCH * SEQ, dtype=torch.int64)),
+    }
+    run = runs.get(type(twin).__name__, lambda m: m(x))
+    if isinstance(ours, nn.CrossEntropyLoss):
+        ours.weight = twin.weight = None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(ours).dtype == run(twin).dtype
+
+
+def test_layer_compiles_to_one_graph():
+    options = {"activation": "gelu", "norm_first": True, "batch_first": True}
+    layer, x = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, **options), sequence()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, later(), is_causal=True), layer(x, later(), is_causal=True))
