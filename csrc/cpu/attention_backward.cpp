@@ -251,31 +251,30 @@ void backward_chunk(const AttentionBackward& f, const Split& split, const float*
   part.dq.reset();
 }
 
-// delta_i = dout_i . out_i - dlse_i for every query. The products are added in the order of the tiles' dp: then a query
-// with one key, whose out is v, gets exactly the gradient 0 that it should.
+// delta_i = dout_i . out_i - dlse_i for every query: the diagonals of small products, so that it is rounded as the tiles'
+// dp are. A query with one key, whose out is v, then gets exactly the gradient 0 that it should.
 Floats make_delta(const Context& context, const AttentionBackward& f, DType out_dtype, const Heads& out) {
-  constexpr int64_t kChains = 8;  // sums at a time: each waits for its last addition
   const AttentionInputs& a = f.in;
   const int64_t ld = padded(a.value_dim), blocks = divide_up(a.queries, kQueries);
   Floats delta = make_floats(a.batch * a.heads * a.queries);
   parallel_tasks(context, a.batch * a.heads * blocks, [&](int64_t index) {
     const int64_t batch = index / blocks / a.heads, head = index / blocks % a.heads, first = index % blocks * kQueries;
-    const int64_t last = std::min(a.queries, first + kQueries);
-    Scratch scratch(2 * kChains * ld);
-    float *x = scratch.take(kChains * ld), *y = scratch.take(kChains * ld);
-    for (int64_t i = first; i < last; i += kChains) {
-      const Range rows = {i, std::min(last, i + kChains)};
-      float sums[kChains] = {};
+    const int64_t last = std::min(a.queries, first + kQueries), row = (batch * a.heads + head) * a.queries;
+    Scratch scratch((2 * kLanes + kLine) * ld + kLanes * kLanes);
+    float *x = scratch.take(kLanes * ld), *y = scratch.take(kLanes * ld), *yt = scratch.take(kLine * ld);
+    float* products = scratch.take(kLanes * kLanes);
+    for (int64_t i = first; i < last; i += kLanes) {
+      const Range rows = {i, std::min(last, i + kLanes)};
+      const int64_t count = rows.end - rows.begin;
       if (f.dout.data) {
         load_rows(a.dtype, f.dout, batch, head, rows, a.value_dim, 1, x);
         load_rows(out_dtype, out, batch, head, rows, a.value_dim, 1, y);
-        for (int64_t c = 0; c < a.value_dim; ++c) {
-          for (int64_t r = 0; r < kChains; ++r) sums[r] += x[r * ld + c] * y[r * ld + c];
-        }
+        transpose_tile(y, count, a.value_dim, yt, kLine);
+        multiply(false, count, count, a.value_dim, {x, ld, 1}, yt, kLine, products, kLanes);
       }
-      const int64_t row = (batch * a.heads + head) * a.queries;
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
-        delta[row + r] = sums[r - i] - (f.dlse ? f.dlse[row + r] : 0);
+      for (int64_t r = 0; r < count; ++r) {
+        const float product = f.dout.data ? products[r * kLanes + r] : 0;
+        delta[row + i + r] = product - (f.dlse ? f.dlse[row + i + r] : 0);
       }
     }
   });
