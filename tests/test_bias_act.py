@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -148,7 +148,7 @@ def test_other_devices_run_on_the_reference():
 
 @st.composite
 def calls(draw):
-    """Arguments of bias_act: any leading shape, maybe sliced or transposed; columns enough for a fair maximum."""
+    """Arguments of bias_act: any leading shape, maybe sliced or transposed; enough columns for a fair maximum."""
     made = Draw(draw(st.integers(0, 9)), draw(st.sampled_from(DTYPES)))
     shape = draw(st.lists(st.integers(0, 9), max_size=2)) + [draw(st.sampled_from((41, 64, 1025)))]
     x = made.normal(*shape, scale=draw(st.sampled_from((0.01, 1.0, 30.0))))
@@ -166,7 +166,13 @@ def calls(draw):
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(inputs=calls())
 def test_drawn_calls_are_as_right_as_the_reference(inputs):
     found = verdicts(bias_act, inputs, ("x", "bias"), "cpu")

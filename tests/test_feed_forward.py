@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -185,7 +185,13 @@ def calls(draw):
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(inputs=calls())
 def test_drawn_calls_are_as_right_as_the_reference(inputs):
     found = verdicts(feed_forward, inputs, NAMES, "cpu")
