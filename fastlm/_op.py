@@ -150,7 +150,7 @@ class Op:
     def run_reference(self, args: Sequence) -> tuple:
         """The reference on the forward schema's arguments, outside autocast (the public function has cast)."""
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta
             with torch.autocast(device, enabled=False):
                 return _as_tuple(self.reference(*args))
         return _as_tuple(self.reference(*args))
