@@ -5,7 +5,7 @@
 namespace fastlm {
 namespace {
 
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Read in place where the last dimension is contiguous: slices of a packed projection, transposed heads.
@@ -62,21 +62,20 @@ Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   return made;
 }
 
-Three forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& bias,
+Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& bias,
             const OptionalTensor& kv_lengths, double scale, int64_t offset, int64_t left, int64_t right, double softcap,
             const OptionalTensor& alibi_slopes, double dropout_p, const OptionalTensor& seed) {
   const Inputs inputs = inputs_of(q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap, alibi_slopes,
                                   dropout_p, seed);
   const Tensor out = heads_output({q.size(0), q.size(1), q.size(2), v.size(3)}, q);
-  const Tensor lse = float_output({q.size(0), q.size(1), q.size(2)}, q), lse_rest = at::empty_like(lse);
-  attention_forward(context_of(q), {.in = inputs.in, .out_dtype = inputs.in.dtype, .out = out.mutable_data_ptr(),
-                                    .lse = lse.mutable_data_ptr<float>(),
-                                    .lse_rest = lse_rest.mutable_data_ptr<float>()});
-  return {out, lse, lse_rest};
+  const Tensor lse = float_output({q.size(0), q.size(1), q.size(2)}, q);
+  attention_forward(context_of(q), {inputs.in, out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
+  return {out, lse};
 }
 
+// out and the values of lse are for kernels that do not see a query's keys all at once.
 Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& lse, const Tensor& lse_rest, const OptionalTensor& mask, const OptionalTensor& bias,
+              const Tensor&, const Tensor& lse, const OptionalTensor& mask, const OptionalTensor& bias,
               const OptionalTensor& kv_lengths, double scale, int64_t offset, int64_t left, int64_t right,
               double softcap, const OptionalTensor& alibi_slopes, double dropout_p, const OptionalTensor& seed,
               const std::array<bool, 4>& needs) {
@@ -86,11 +85,8 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
   const Tensor dv = heads_output(v.sizes(), v, needs[2]);
   const bool wanted = needs[3] && given(bias);
   const Tensor dbias = at::zeros(wanted ? bias->sizes() : at::IntArrayRef{0}, lse.options());
-  const Tensor gradient = given(dout) ? readable(*dout) : Tensor(), made = readable(out);
-  const Tensor sums = lse.contiguous(), rests = lse_rest.contiguous();
-  const Tensor dsums = given(dlse) ? dlse->contiguous() : Tensor();
-  AttentionBackward f = {.in = inputs.in, .dout = given(dout) ? heads_of(gradient) : Heads{}, .out = heads_of(made),
-                         .lse = sums.const_data_ptr<float>(), .lse_rest = rests.const_data_ptr<float>(),
+  const Tensor gradient = given(dout) ? readable(*dout) : Tensor(), dsums = given(dlse) ? dlse->contiguous() : Tensor();
+  AttentionBackward f = {.in = inputs.in, .dout = given(dout) ? heads_of(gradient) : Heads{},
                          .dlse = given(dlse) ? dsums.const_data_ptr<float>() : nullptr, .dq = data_or_null(dq),
                          .dk = data_or_null(dk), .dv = data_or_null(dv), .dbias = floats_or_null(dbias)};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
