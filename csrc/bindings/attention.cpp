@@ -42,8 +42,10 @@ Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   AttentionInputs& in = made.in;
   in = {.dtype = dtype_of(q), .batch = q.size(0), .heads = q.size(1), .kv_heads = k.size(1), .queries = q.size(2),
         .keys = k.size(2), .dim = q.size(3), .value_dim = v.size(3), .q = heads_of(q), .k = heads_of(k),
-        .v = heads_of(v), .scale = static_cast<float>(scale), .offset = offset, .left = left, .right = right,
-        .softcap = static_cast<float>(softcap), .dropout = dropout_of(dropout_p, seed)};
+        .v = heads_of(v), .mask = nullptr, .mask_strides = {}, .bias_dtype = DType::kFloat32, .bias = nullptr,
+        .bias_strides = {}, .kv_lengths = nullptr, .scale = static_cast<float>(scale), .offset = offset, .left = left,
+        .right = right, .softcap = static_cast<float>(softcap), .alibi_slopes = nullptr, .alibi_strides = {},
+        .dropout = dropout_of(dropout_p, seed)};
   const std::array<int64_t, 4> scores = {in.batch, in.heads, in.queries, in.keys};
   if (given(mask)) {
     in.mask = mask->const_data_ptr<bool>();
@@ -88,7 +90,8 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
   const Tensor gradient = given(dout) ? readable(*dout) : Tensor(), dsums = given(dlse) ? dlse->contiguous() : Tensor();
   AttentionBackward f = {.in = inputs.in, .dout = given(dout) ? heads_of(gradient) : Heads{},
                          .dlse = given(dlse) ? dsums.const_data_ptr<float>() : nullptr, .dq = data_or_null(dq),
-                         .dk = data_or_null(dk), .dv = data_or_null(dv), .dbias = floats_or_null(dbias)};
+                         .dk = data_or_null(dk), .dv = data_or_null(dv), .dbias = floats_or_null(dbias),
+                         .dbias_strides = {}};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);
   return {dq, dk, dv, wanted ? dbias.to(bias->scalar_type()) : at::empty({0}, q.options())};
