@@ -138,22 +138,19 @@ struct AttentionInputs {
 // returns it transposed to [batch, heads, queries, value_dim]: joining the heads afterwards costs nothing.
 struct AttentionForward {
   AttentionInputs in;
-  DType out_dtype;
   void* out;
-  // [batch, heads, queries], contiguous. lse_rest: what rounding to float32 took from lse. The error of a lse of 1000
-  // would be one of 3e-5 in every probability of the row.
-  float *lse, *lse_rest;
+  float* lse;  // [batch, heads, queries], contiguous
 };
 void attention_forward(const Context& context, const AttentionForward& a);
 
-// p_ij = exp(s_ij - lse_i - lse_rest_i). With dp_ij = dout_i . v_j, dropped as p was: ds_ij = p_ij (dp_ij - dout_i . out_i + dlse_i); dbias = ds; through
+// With dp_ij = dout_i . v_j, dropped as p was: ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij + dlse_i); dbias = ds; through
 // softcap ds *= 1 - tanh^2; dq_i = scale * sum_j ds_ij k_j; dk_j = scale * sum_i ds_ij q_i; dv_j = sum_i p_ij dout_i.
 // dk and dv are summed over the query heads that read them. dq, dk and dv are contiguous as [batch, seq, heads, dim],
 // and the binding returns them transposed to [batch, heads, seq, dim].
 struct AttentionBackward {
   AttentionInputs in;
-  Heads dout, out;  // dout may be null
-  const float *lse, *lse_rest, *dlse;  // [batch, heads, queries], contiguous; dlse may be null
+  Heads dout;         // may be null
+  const float* dlse;  // [batch, heads, queries], contiguous; may be null
   void *dq, *dk, *dv;
   float* dbias;              // zeros in bias's shape, contiguous
   int64_t dbias_strides[4];  // 0 where bias is broadcast: its gradient is summed there

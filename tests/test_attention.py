@@ -213,3 +213,15 @@ def test_raw_kernels_pass_opcheck(name):
     for needs in ([True, True, True, has_bias], [False, True, False, False]):
         given = (torch.ones_like(outputs[0]), None, *args[:3], *outputs, *args[3:], needs)
         torch.library.opcheck(op.backward["cpu"], given)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_with_nothing_to_attend_to_hold_no_nan_even_inside_autograd(backend):
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        out, lse = attention(
+            q, k, v, mask=torch.zeros(5, 5, dtype=torch.bool), return_lse=True, backend=backend
+        )
+        gradients = torch.autograd.grad(out.sum() + lse.exp().sum(), (q, k, v))
+    assert not out.any() and (lse == -math.inf).all() and not any(g.any() for g in gradients)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fastlm._op import OPS
@@ -172,8 +172,10 @@ def test_slices_of_a_packed_projection_are_read_in_place():
     packed = torch.randn(2, 128, 3, 4, 16)
     q, k, v = packed.transpose(1, 3).unbind(2)
     assert not q.is_contiguous()
-    out_and_lse = [2 * 4 * 128 * 4, 2 * 4 * 128 * 16 * 4]
-    assert _allocated(lambda: attention(q, k, v, backend="cpu")) == out_and_lse
+    copies = [t.contiguous() for t in (q, k, v)]
+    in_place = _allocated(lambda: attention(q, k, v, backend="cpu"))
+    assert in_place == _allocated(lambda: attention(*copies, backend="cpu"))
+    assert in_place[-1] == 2 * 4 * 128 * 16 * 4  # out, the largest
 
 
 LAYOUTS = {
@@ -246,7 +248,7 @@ def _verdicts_together(call, draws=6):
     return [judge(n, *(torch.stack([r[i][n] for r in results]) for i in range(3))) for n in results[0][0]]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(CALLS)
 def test_cpu_is_as_right_as_the_reference_whatever_is_drawn(call):
     found = _verdicts_together(dict(call))

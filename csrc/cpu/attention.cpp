@@ -107,14 +107,12 @@ void finish(const AttentionForward& f, int64_t batch, int64_t head, Range block,
     const int64_t r = i - block.begin;
     const bool empty = t.sum[r] == 0;
     const float factor = 1 / t.sum[r];
-    const double lse = t.maximum[r] + std::log(static_cast<double>(t.sum[r]));
-    f.lse[row + i] = static_cast<float>(lse);
-    f.lse_rest[row + i] = empty ? 0 : static_cast<float>(lse - f.lse[row + i]);
+    f.lse[row + i] = empty ? -INFINITY : t.maximum[r] + std::log(t.sum[r]);
     float* out = t.out + r * t.value_ld;
 #pragma omp simd
     for (int64_t c = 0; c < a.value_dim; ++c) out[c] = empty ? 0 : out[c] * factor;
   }
-  store_rows(f.out_dtype, t.out, a.heads, a.queries, batch, head, block, a.value_dim, 1, f.out);
+  store_rows(a.dtype, t.out, a.heads, a.queries, batch, head, block, a.value_dim, 1, f.out);
 }
 
 void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range block) {

@@ -109,11 +109,10 @@ def _heads_beside(t, shape, wanted=True):
 
 
 def _fake_forward(q, k, v, *_):
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return _heads_beside(q, (*q.shape[:3], v.shape[3])), lse, torch.empty_like(lse)  # lse_rest: lse's rounding
+    return _heads_beside(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _fake_backward(dout, dlse, q, k, v, out, lse, lse_rest, mask, bias, *rest):
+def _fake_backward(dout, dlse, q, k, v, out, lse, mask, bias, *rest):
     needs = rest[-1]
     dq, dk, dv = (_heads_beside(t, t.shape, need) for t, need in zip((q, k, v), needs[:3], strict=True))
     return dq, dk, dv, q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape if needs[3] else (0,))
@@ -134,12 +133,12 @@ OP = Op(
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? kv_lengths, float scale,"
         " SymInt offset, SymInt left, SymInt right, float softcap, Tensor? alibi_slopes, float dropout_p,"
         " Tensor? seed)"
-        " -> (Tensor out, Tensor lse, Tensor lse_rest)",
+        " -> (Tensor out, Tensor lse)",
         _fake_forward,
     ),
     backward=(
-        "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_rest,"
-        " Tensor? mask, Tensor? bias, Tensor? kv_lengths, float scale, SymInt offset, SymInt left, SymInt right,"
+        "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask,"
+        " Tensor? bias, Tensor? kv_lengths, float scale, SymInt offset, SymInt left, SymInt right,"
         " float softcap, Tensor? alibi_slopes, float dropout_p, Tensor? seed, bool[4] needs)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
         _fake_backward,
