@@ -27,6 +27,11 @@ struct Dropout {
   const int64_t* seed = nullptr;
 };
 
+// Sums over rows (gradients of weights and biases) are taken in this many blocks of rows, whose sums are then
+// added in their order: cut by shape alone, so that the bits do not depend on the number of threads. At least
+// 32 rows a block, so that adding the blocks up is 3% of the work.
+inline int64_t row_blocks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 32 : 64; }
+
 // h = dropout(x) + residual, rounded to dtype; y = (h - mean(h)) * rstd(h) * weight + bias,
 // rstd = 1 / sqrt(mean((h - mean)^2) + eps). h may be null if there is neither dropout nor residual.
 struct LayerNormForward {
@@ -44,7 +49,7 @@ void layer_norm_forward(const Context& context, const LayerNormForward& a);
 
 // With g = dy * weight and n = (h - mean) * rstd: dresidual = rstd * (g - mean(g) - n * mean(g * n)) + dh;
 // dx = dropout's mask and scale applied to dresidual; dweight = sum(dy * n), dbias = sum(dy) over rows.
-// `partial` is scratch of layer_norm_blocks(rows) * 2 * cols floats: rows are cut by shape alone, so that
+// `partial` is scratch of row_blocks(rows) * 2 * cols floats: rows are cut by shape alone, so that
 // the sums do not depend on the number of threads.
 struct LayerNormBackward {
   DType dtype;
@@ -56,7 +61,6 @@ struct LayerNormBackward {
   void *dx, *dresidual;  // [rows, cols], contiguous; either may be null
   float *dweight, *dbias, *partial;
 };
-int64_t layer_norm_blocks(int64_t rows);
 void layer_norm_backward(const Context& context, const LayerNormBackward& a);
 
 // y = dropout(x) + residual. Its backward is the same kernel without a residual, applied to dy.
@@ -88,7 +92,7 @@ struct BiasAct {
 void bias_act(const Context& context, const BiasAct& a);
 
 // dx = act'(x + bias) * dropout's mask and scale applied to dy; dbias = sum(dx) over rows, before dx is
-// rounded. `partial` is scratch of bias_act_blocks(rows) * cols floats, needed with dbias: rows are cut by
+// rounded. `partial` is scratch of row_blocks(rows) * cols floats, needed with dbias: rows are cut by
 // shape alone.
 struct BiasActBackward {
   DType dtype;
@@ -101,7 +105,6 @@ struct BiasActBackward {
   void* dx;  // [rows, cols], contiguous
   float *dbias, *partial;
 };
-int64_t bias_act_blocks(int64_t rows);
 void bias_act_backward(const Context& context, const BiasActBackward& a);
 
 // A [batch, heads, seq, dim] tensor: strides in elements, dim contiguous.
@@ -134,8 +137,9 @@ struct AttentionInputs {
 };
 
 // lse_i = log(sum_j exp(s_ij)); p_ij = exp(s_ij - lse_i), kept or dropped; out_i = sum_j p_ij v_j.
-// Nothing to attend to: out 0, lse -inf. out is contiguous as [batch, queries, heads, value_dim], and the binding
-// returns it transposed to [batch, heads, queries, value_dim]: joining the heads afterwards costs nothing.
+// Nothing to attend to: out 0, lse -inf. out is contiguous as [batch, queries, heads, value_dim], and the
+// binding returns it transposed to [batch, heads, queries, value_dim]: joining the heads afterwards costs
+// nothing.
 struct AttentionForward {
   AttentionInputs in;
   void* out;
@@ -143,10 +147,10 @@ struct AttentionForward {
 };
 void attention_forward(const Context& context, const AttentionForward& a);
 
-// With dp_ij = dout_i . v_j, dropped as p was: ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij + dlse_i); dbias = ds; through
-// softcap ds *= 1 - tanh^2; dq_i = scale * sum_j ds_ij k_j; dk_j = scale * sum_i ds_ij q_i; dv_j = sum_i p_ij dout_i.
-// dk and dv are summed over the query heads that read them. dq, dk and dv are contiguous as [batch, seq, heads, dim],
-// and the binding returns them transposed to [batch, heads, seq, dim].
+// With dp_ij = dout_i . v_j, dropped as p was: ds_ij = p_ij (dp_ij - sum_j p_ij dp_ij + dlse_i); dbias = ds;
+// through softcap ds *= 1 - tanh^2; dq_i = scale * sum_j ds_ij k_j; dk_j = scale * sum_i ds_ij q_i; dv_j =
+// sum_i p_ij dout_i. dk and dv are summed over the query heads that read them. dq, dk and dv are contiguous
+// as [batch, seq, heads, dim], and the binding returns them transposed to [batch, heads, seq, dim].
 struct AttentionBackward {
   AttentionInputs in;
   Heads dout;         // may be null

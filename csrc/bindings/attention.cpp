@@ -37,14 +37,34 @@ Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
                  const OptionalTensor& bias, const OptionalTensor& kv_lengths, double scale, int64_t offset,
                  int64_t left, int64_t right, double softcap, const OptionalTensor& slopes, double dropout_p,
                  const OptionalTensor& seed) {
-  Inputs made = {readable(q_), readable(k_), readable(v_), given(kv_lengths) ? kv_lengths->contiguous() : Tensor(), {}};
+  Inputs made = {
+      readable(q_), readable(k_), readable(v_), given(kv_lengths) ? kv_lengths->contiguous() : Tensor(), {}};
   const Tensor &q = made.q, &k = made.k, &v = made.v;
   AttentionInputs& in = made.in;
-  in = {.dtype = dtype_of(q), .batch = q.size(0), .heads = q.size(1), .kv_heads = k.size(1), .queries = q.size(2),
-        .keys = k.size(2), .dim = q.size(3), .value_dim = v.size(3), .q = heads_of(q), .k = heads_of(k),
-        .v = heads_of(v), .mask = nullptr, .mask_strides = {}, .bias_dtype = DType::kFloat32, .bias = nullptr,
-        .bias_strides = {}, .kv_lengths = nullptr, .scale = static_cast<float>(scale), .offset = offset, .left = left,
-        .right = right, .softcap = static_cast<float>(softcap), .alibi_slopes = nullptr, .alibi_strides = {},
+  in = {.dtype = dtype_of(q),
+        .batch = q.size(0),
+        .heads = q.size(1),
+        .kv_heads = k.size(1),
+        .queries = q.size(2),
+        .keys = k.size(2),
+        .dim = q.size(3),
+        .value_dim = v.size(3),
+        .q = heads_of(q),
+        .k = heads_of(k),
+        .v = heads_of(v),
+        .mask = nullptr,
+        .mask_strides = {},
+        .bias_dtype = DType::kFloat32,
+        .bias = nullptr,
+        .bias_strides = {},
+        .kv_lengths = nullptr,
+        .scale = static_cast<float>(scale),
+        .offset = offset,
+        .left = left,
+        .right = right,
+        .softcap = static_cast<float>(softcap),
+        .alibi_slopes = nullptr,
+        .alibi_strides = {},
         .dropout = dropout_of(dropout_p, seed)};
   const std::array<int64_t, 4> scores = {in.batch, in.heads, in.queries, in.keys};
   if (given(mask)) {
@@ -64,11 +84,12 @@ Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   return made;
 }
 
-Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& bias,
-            const OptionalTensor& kv_lengths, double scale, int64_t offset, int64_t left, int64_t right, double softcap,
-            const OptionalTensor& alibi_slopes, double dropout_p, const OptionalTensor& seed) {
-  const Inputs inputs = inputs_of(q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap, alibi_slopes,
-                                  dropout_p, seed);
+Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+            const OptionalTensor& bias, const OptionalTensor& kv_lengths, double scale, int64_t offset,
+            int64_t left, int64_t right, double softcap, const OptionalTensor& alibi_slopes, double dropout_p,
+            const OptionalTensor& seed) {
+  const Inputs inputs = inputs_of(q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap,
+                                  alibi_slopes, dropout_p, seed);
   const Tensor out = heads_output({q.size(0), q.size(1), q.size(2), v.size(3)}, q);
   const Tensor lse = float_output({q.size(0), q.size(1), q.size(2)}, q);
   attention_forward(context_of(q), {inputs.in, out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
@@ -76,21 +97,26 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
 }
 
 // out and the values of lse are for kernels that do not see a query's keys all at once.
-Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor&, const Tensor& lse, const OptionalTensor& mask, const OptionalTensor& bias,
-              const OptionalTensor& kv_lengths, double scale, int64_t offset, int64_t left, int64_t right,
-              double softcap, const OptionalTensor& alibi_slopes, double dropout_p, const OptionalTensor& seed,
-              const std::array<bool, 4>& needs) {
-  const Inputs inputs = inputs_of(q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap, alibi_slopes,
-                                  dropout_p, seed);
+Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+              const Tensor& v, const Tensor&, const Tensor& lse, const OptionalTensor& mask,
+              const OptionalTensor& bias, const OptionalTensor& kv_lengths, double scale, int64_t offset,
+              int64_t left, int64_t right, double softcap, const OptionalTensor& alibi_slopes,
+              double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
+  const Inputs inputs = inputs_of(q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap,
+                                  alibi_slopes, dropout_p, seed);
   const Tensor dq = heads_output(q.sizes(), q, needs[0]), dk = heads_output(k.sizes(), k, needs[1]);
   const Tensor dv = heads_output(v.sizes(), v, needs[2]);
   const bool wanted = needs[3] && given(bias);
   const Tensor dbias = at::zeros(wanted ? bias->sizes() : at::IntArrayRef{0}, lse.options());
-  const Tensor gradient = given(dout) ? readable(*dout) : Tensor(), dsums = given(dlse) ? dlse->contiguous() : Tensor();
-  AttentionBackward f = {.in = inputs.in, .dout = given(dout) ? heads_of(gradient) : Heads{},
-                         .dlse = given(dlse) ? dsums.const_data_ptr<float>() : nullptr, .dq = data_or_null(dq),
-                         .dk = data_or_null(dk), .dv = data_or_null(dv), .dbias = floats_or_null(dbias),
+  const Tensor gradient = given(dout) ? readable(*dout) : Tensor(),
+               dsums = given(dlse) ? dlse->contiguous() : Tensor();
+  AttentionBackward f = {.in = inputs.in,
+                         .dout = given(dout) ? heads_of(gradient) : Heads{},
+                         .dlse = given(dlse) ? dsums.const_data_ptr<float>() : nullptr,
+                         .dq = data_or_null(dq),
+                         .dk = data_or_null(dk),
+                         .dv = data_or_null(dv),
+                         .dbias = floats_or_null(dbias),
                          .dbias_strides = {}};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);

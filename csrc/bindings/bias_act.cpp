@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Opt
   const Rows in = rows_of(x), gy = rows_of(dy);
   const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
   const Tensor dbias = float_output({in.cols}, x, needs[1]);
-  const Tensor partial = float_output({bias_act_blocks(in.rows), in.cols}, x, needs[1]);
+  const Tensor partial = float_output({row_blocks(in.rows), in.cols}, x, needs[1]);
   bias_act_backward(context_of(x), {.dtype = dtype_of(x),
                                     .activation = activation_of(activation),
                                     .rows = in.rows,

@@ -40,8 +40,7 @@ Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& 
   const Tensor dresidual = output_like(x, needs[3] && dropout_p > 0);
   const Tensor dweight = float_output({normed.cols}, x, needs[1]),
                dbias = float_output({normed.cols}, x, needs[2]);
-  const Tensor partial =
-      float_output({layer_norm_blocks(normed.rows), 2, normed.cols}, x, needs[1] || needs[2]);
+  const Tensor partial = float_output({row_blocks(normed.rows), 2, normed.cols}, x, needs[1] || needs[2]);
   layer_norm_backward(context_of(x), {.dtype = dtype_of(x),
                                       .rows = normed.rows,
                                       .cols = normed.cols,

@@ -122,27 +122,6 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
   store_row(buffer, cols, dx);
 }
 
-// Adds the blocks' sums in their order; an output that is not wanted is skipped.
-void add_blocks(const Context& context, const LayerNormBackward& a, int64_t blocks) {
-  constexpr int64_t kColumns = 256;
-  float* outputs[2] = {a.dweight, a.dbias};
-  const int64_t pieces = divide_up(a.cols, kColumns);
-  parallel_tasks(context, blocks * a.cols < kTaskElements ? 1 : pieces, [&](int64_t index) {
-    const bool all = blocks * a.cols < kTaskElements;
-    const int64_t begin = all ? 0 : index * kColumns, end = all ? a.cols : std::min(a.cols, begin + kColumns);
-    for (int which = 0; which < 2; ++which) {
-      float* out = outputs[which];
-      if (!out) continue;
-      for (int64_t j = begin; j < end; ++j) out[j] = 0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const float* sums = a.partial + (2 * block + which) * a.cols;
-#pragma omp simd
-        for (int64_t j = begin; j < end; ++j) out[j] += sums[j];
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void layer_norm_forward(const Context& context, const LayerNormForward& a) {
@@ -161,13 +140,10 @@ void layer_norm_forward(const Context& context, const LayerNormForward& a) {
   });
 }
 
-// At least 32 rows a block, so that adding the blocks up is 3% of the work; at most 64 blocks.
-int64_t layer_norm_blocks(int64_t rows) { return std::clamp<int64_t>(rows / 32, 1, 64); }
-
 void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
   const DropoutScale scale(a.dropout);
   const bool parameters = a.dweight || a.dbias;
-  const int64_t blocks = layer_norm_blocks(a.rows);
+  const int64_t blocks = row_blocks(a.rows);
   with_dtype(a.dtype, [&]<class T>() {
     with_bool(parameters, [&]<bool kParameters>() {
       parallel_tasks(context, blocks, [&](int64_t block) {
@@ -181,7 +157,8 @@ void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
       });
     });
   });
-  if (parameters) add_blocks(context, a, blocks);
+  add_blocks(context, a.partial, 2 * a.cols, blocks, a.cols, a.dweight);
+  add_blocks(context, parameters ? a.partial + a.cols : nullptr, 2 * a.cols, blocks, a.cols, a.dbias);
 }
 
 }  // namespace fastlm

@@ -51,6 +51,22 @@ void parallel_rows(const Context& context, int64_t rows, int64_t cols, const F& 
                  [&](int64_t index) { f(index * step, std::min(rows, (index + 1) * step)); });
 }
 
+// out[j] = the sum over blocks of partial[block * stride + j], j in [0, cols); nothing where out is null.
+inline void add_blocks(const Context& context, const float* partial, int64_t stride, int64_t blocks,
+                       int64_t cols, float* out) {
+  if (!out) return;
+  const int64_t step = std::max<int64_t>(256, kTaskElements / blocks);
+  parallel_tasks(context, divide_up(cols, step), [&](int64_t index) {
+    const int64_t begin = index * step, end = std::min(cols, begin + step);
+    std::fill(out + begin, out + end, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* sums = partial + block * stride;
+#pragma omp simd
+      for (int64_t j = begin; j < end; ++j) out[j] += sums[j];
+    }
+  });
+}
+
 template <class T>
 void load_row(const T* source, int64_t cols, float* out) {
 #pragma omp simd
