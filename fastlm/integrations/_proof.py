@@ -1,7 +1,8 @@
 """Proves on copies that a module computes the same in its fastlm class: the 2x rule, with gradients."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,17 @@ def _run(module: nn.Module, trial: Trial, dtype: torch.dtype | None) -> dict[str
     return {"output": output} | gradients
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inputs this small gain nothing from threads, and on a busy machine waiting for them took 50 s a model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def refusal(
     module: nn.Module,
     trials: list[Trial],
@@ -83,7 +95,7 @@ def refusal(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False), _one_thread():
                 return _first_difference(module, trials, before, after)
     except Exception as error:  # of whatever the module's own parts do on inputs that were made up here
         words = (str(error).splitlines() or [""])[0][:200]
