@@ -191,7 +191,7 @@ def _as_tuple(value) -> tuple:
 
 def _outside_autocast(function: Callable, args: Sequence):
     device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta
         with torch.autocast(device, enabled=False):
             return function(*args)
     return function(*args)

@@ -172,7 +172,7 @@ print(sum(n - before.get(t, 0) >= 16 for t, n in faults().items()))
 
 
 def test_a_kernel_runs_on_two_threads():
-    """Each thread faults in the pages of the fresh output that it writes first: 256 MB, at least 128 pages."""
+    """Each thread faults in the pages of the fresh 256 MB output that it is the first to write."""
     found = subprocess.run(
         [sys.executable, "-c", THREADS], capture_output=True, text=True, cwd=ROOT, check=True
     )

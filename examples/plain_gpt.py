@@ -1,0 +1,1 @@
+../fastlm/examples/plain_gpt.py

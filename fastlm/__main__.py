@@ -1,0 +1,5 @@
+"""python -m fastlm."""
+
+from .cli import main
+
+main()

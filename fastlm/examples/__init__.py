@@ -1,0 +1,1 @@
+"""Plain PyTorch that knows nothing of fastlm: what the demo swaps fastlm into."""
