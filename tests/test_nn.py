@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from twins import assert_alike, pair
 
@@ -318,8 +319,9 @@ def autocast_pairs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("ours", "twin"), list(autocast_pairs()))
-def test_autocast_returns_the_twins_dtype(ours, twin, dtype):
+def test_autocast_returns_the_twins_dtype(ours, twin, cast, dtype):
     x = sequence().to(dtype)
     runs = {
         "MultiheadAttention": lambda m: m(x, x, x, need_weights=False)[0],
@@ -329,8 +331,19 @@ def test_autocast_returns_the_twins_dtype(ours, twin, dtype):
     run = runs.get(type(twin).__name__, lambda m: m(x))
     if isinstance(ours, nn.CrossEntropyLoss):
         ours.weight = twin.weight = None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", cast):
         assert run(ours).dtype == run(twin).dtype
+
+
+def test_checkpointing_repeats_the_dropout():
+    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.3, norm_first=True)
+    x, grads = sequence(), []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        run(leaf).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 def test_layer_compiles_to_one_graph():

@@ -248,6 +248,21 @@ def test_without_native_kernels_all_is_left_alone(monkeypatch):
     assert {a.reason for a in report.left_alone} == {"fastlm._cpu was not built: no g++"}
 
 
+def test_a_parametrised_part_is_called_as_it_is():
+    layer = nn.TransformerEncoderLayer(DIM, 4, 48, 0.0, "gelu")
+    nn.utils.parametrizations.weight_norm(layer.linear1)
+    twin = copy.deepcopy(layer)
+    assert not fastlm.patch(layer).left_alone
+    kernels = assert_alike(layer, twin, [inputs()])
+    assert "attention" in kernels and "feed_forward" not in kernels
+
+
+def test_models_made_in_inference_mode_are_swapped():
+    with torch.inference_mode():
+        model = nn.TransformerEncoderLayer(DIM, 4, 48)
+        assert not fastlm.patch(model).left_alone
+
+
 class _WrongNorm(nn.LayerNorm):
     def forward(self, input):
         return super().forward(input) * 1.001

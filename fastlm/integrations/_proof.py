@@ -56,7 +56,7 @@ def _copy(t: Tensor, dtype: torch.dtype | None, copies: dict) -> Tensor:
 
 def _run(module: nn.Module, trial: Trial, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The output and the gradients of inputs and parameters, by name."""
-    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in trial.inputs]
+    inputs = [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in trial.inputs]
     leaves = {f"input {i}": x for i, x in enumerate(inputs)}
     leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}
     output = trial.run(module, *inputs)
@@ -72,7 +72,7 @@ def _run(module: nn.Module, trial: Trial, dtype: torch.dtype | None) -> dict[str
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Inputs this small gain nothing from threads, and on a busy machine waiting for them took 50 s a model."""
+    """Inputs this small gain nothing from threads; on a busy machine waiting for them took 50 s a model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
