@@ -28,9 +28,14 @@ class BuildNative(build_ext):
             reason = next((line for line in lines if "error" in line), lines[-1])[:300]
             record["failed"] = {e.name.split(".")[1]: reason for e in self.extensions}
             print(f"fastlm: native kernels were not built: {reason}", file=sys.stderr)
-        for root in [self.build_lib, "."] if self.inplace or self.editable_mode else [self.build_lib]:
-            Path(root, "fastlm").mkdir(parents=True, exist_ok=True)
-            Path(root, "fastlm/_build.json").write_text(json.dumps(record))
+        self.record = Path(self.build_lib, "fastlm/_build.json")
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        self.record.write_text(json.dumps(record))
+
+    def copy_extensions_to_source(self):
+        """What an editable install does with the libraries, and with their record."""
+        super().copy_extensions_to_source()
+        self.copy_file(str(self.record), "fastlm/_build.json")
 
 
 setup(

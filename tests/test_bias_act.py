@@ -148,7 +148,7 @@ def test_other_devices_run_on_the_reference():
 
 @st.composite
 def calls(draw):
-    """Arguments of bias_act: any leading shape, maybe sliced or transposed; enough columns for a fair maximum."""
+    """Arguments of bias_act: any leading shape, sliced or transposed; enough columns for a fair maximum."""
     made = Draw(draw(st.integers(0, 9)), draw(st.sampled_from(DTYPES)))
     shape = draw(st.lists(st.integers(0, 9), max_size=2)) + [draw(st.sampled_from((41, 64, 1025)))]
     x = made.normal(*shape, scale=draw(st.sampled_from((0.01, 1.0, 30.0))))

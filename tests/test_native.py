@@ -18,7 +18,12 @@ SETS = ("default", "avx2", "avx512")
 AVAILABLE = SETS[: SETS.index(_load.ISA) + 1]  # a processor that has one has those before it
 TINY, HUGE = 2.0**-126, float(np.finfo(np.float32).max)
 
-MATHS = {"exp": np.exp, "tanh": np.tanh, "erf": lambda x: torch.erf(torch.from_numpy(x)).numpy()}
+MATHS = {
+    "exp": np.exp,
+    "exp_nonpositive": lambda x: np.exp(-np.abs(x)),
+    "tanh": np.tanh,
+    "erf": lambda x: torch.erf(torch.from_numpy(x)).numpy(),
+}
 
 # Counter, key, numbers: kat_vectors of the Random123 distribution, https://github.com/DEShawResearch/random123.
 PHILOX_VECTORS = [

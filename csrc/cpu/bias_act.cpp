@@ -18,7 +18,7 @@ struct Gelu {
   static float distribution(float z) { return 0.5f * (1.0f + erf(z * 0.707106781f)); }
   static float value(float z) { return z * distribution(z); }
   static float gradient(float z, float g) {
-    const float density = 0.398942280f * exp(-0.5f * z * z);
+    const float density = 0.398942280f * exp_nonpositive(-0.5f * z * z);
     return g * (distribution(z) + z * density);
   }
 };
@@ -27,7 +27,7 @@ struct Gelu {
 struct Sigmoid {
   float value, rest;
   explicit Sigmoid(float v) {
-    const float e = exp(-std::fabs(v));
+    const float e = exp_nonpositive(-std::fabs(v));
     const float large = 1.0f / (1.0f + e), small = e * large;
     value = select(v < 0.0f, small, large);
     rest = select(v < 0.0f, large, small);
@@ -35,7 +35,7 @@ struct Sigmoid {
 };
 
 struct GeluTanh {
-  static constexpr float kLinear = 1.59576912f;  // 2 sqrt(2 / pi)
+  static constexpr float kLinear = 1.59576912f;   // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.0713548163f;  // that times 0.044715
   static float value(float z) { return z * Sigmoid(z * (kLinear + kCubic * (z * z))).value; }
   static float gradient(float z, float g) {
@@ -84,11 +84,16 @@ void load_biased(const void* x, int64_t offset, const float* bias, int64_t n, fl
 template <class T, class Act>
 void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
   float values[kPiece];
+  T* y = static_cast<T*>(a.y) + row * a.cols + begin;
   load_biased<T>(a.x, row * a.x_stride + begin, a.bias ? a.bias + begin : nullptr, n, values);
+  if (a.dropout.p > 0) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) values[j] = Act::value(values[j]);
-  if (a.dropout.p > 0) scale.apply(row, begin, n, values);
-  store_row(values, n, static_cast<T*>(a.y) + row * a.cols + begin);
+    for (int64_t j = 0; j < n; ++j) values[j] = Act::value(values[j]);
+    scale.apply(row, begin, n, values);
+    return store_row(values, n, y);
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(Act::value(values[j]));
 }
 
 // sums: where to add the piece of dbias, or null.

@@ -22,27 +22,22 @@ const uint8_t* mask_row(const Mask& mask, int64_t row) {
   return mask.data + offset;
 }
 
-// s = scale * x, -inf where keep is 0; returns the maximum of s, which no NaN changes.
+// The first n columns of y; y may be x. keep: one byte a column. No NaN changes the maximum, and scale * x is
+// computed anew for the exp, where it is fused with the subtraction: one rounding less.
 template <bool kMasked>
-float scores(const float* x, const uint8_t* keep, float scale, int64_t n, float* s) {
+void softmax_row(const float* x, const uint8_t* keep, float scale, int64_t n, float* y) {
   float maximum = -INFINITY;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
-    const float scaled = scale * x[j];
-    s[j] = kMasked ? select(keep[j] != 0, scaled, -INFINITY) : scaled;
-    maximum = maximum < s[j] ? s[j] : maximum;
+    const float s = kMasked ? select(keep[j] != 0, scale * x[j], -INFINITY) : scale * x[j];
+    maximum = maximum < s ? s : maximum;
   }
-  return maximum;
-}
-
-// The first n columns of y; y may be x. keep: null, or one byte a column.
-void softmax_row(const float* x, const uint8_t* keep, float scale, int64_t n, float* y) {
-  const float maximum = keep ? scores<true>(x, keep, scale, n, y) : scores<false>(x, keep, scale, n, y);
   const float shift = maximum == -INFINITY ? 0.0f : maximum;  // -inf - -inf is NaN
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    y[j] = exp(y[j] - shift);
+    const float e = exp(scale * x[j] - shift);
+    y[j] = kMasked ? select(keep[j] != 0, e, 0.0f) : e;
     sum += y[j];
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -81,7 +76,11 @@ void forward_row(const SoftmaxForward& a, int64_t row, float* buffer, uint8_t* g
   T* y = static_cast<T*>(a.y) + row * a.cols;
   float* results = results_of(y, buffer);
   const float* x = float_row(static_cast<const T*>(a.x) + row * a.x_stride, n, buffer);
-  softmax_row(x, keep, a.scale, n, results);
+  if (keep) {
+    softmax_row<true>(x, keep, a.scale, n, results);
+  } else {
+    softmax_row<false>(x, keep, a.scale, n, results);
+  }
   finish_row(results, n, a.cols, y);
 }
 

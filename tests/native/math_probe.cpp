@@ -27,6 +27,9 @@ void narrow_each(const float* in, int64_t n, uint16_t* out) {
 }  // namespace
 
 EXPORT void probe_exp(const float* in, int64_t n, float* out) { each(in, n, out, fastlm::exp); }
+EXPORT void probe_exp_nonpositive(const float* in, int64_t n, float* out) {
+  each(in, n, out, [](float x) { return fastlm::exp_nonpositive(-std::fabs(x)); });
+}
 EXPORT void probe_tanh(const float* in, int64_t n, float* out) { each(in, n, out, fastlm::tanh); }
 EXPORT void probe_erf(const float* in, int64_t n, float* out) { each(in, n, out, fastlm::erf); }
 

@@ -34,8 +34,8 @@ def _nan(d):
 
 CASES = [
     Case("row", lambda d: _inputs(d, 64)),
-    Case("one-class", lambda d: _inputs(d, 5, 1)),
     Case("odd", lambda d: _inputs(d, 7, 41)),
+    Case("one-class", lambda d: _inputs(d, 5, 1)),
     Case("sum", lambda d: _inputs(d, 7, 41, ignored=0.3) | {"reduction": "sum"}),
     Case("none", lambda d: _inputs(d, 3, 7, 41, ignored=0.3) | {"reduction": "none"}),
     Case("many-rows", lambda d: _inputs(d, 3, 700, 48, ignored=0.3)),
