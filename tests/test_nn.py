@@ -186,11 +186,13 @@ def test_encoder_gives_other_layers_the_floating_masks_that_torch_gives():
     assert seen == [torch.float32, torch.float32, True]
 
 
-def test_nested_tensors_still_work_in_a_layer_inside_torchs_encoder():
-    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, batch_first=True)
+def test_a_layer_inside_torchs_encoder_takes_its_nested_tensors():
+    kinds = fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer
+    layers = pair(*kinds, DIM, HEADS, HIDDEN, batch_first=True)
+    ours, twin = (nn.TransformerEncoder(layer, 2).eval() for layer in layers)
+    x, mask = sequence(), torch.arange(SEQ).expand(BATCH, SEQ) >= 6
     with torch.no_grad():
-        out = nn.TransformerEncoder(layer, 2).eval()(sequence(), src_key_padding_mask=padding().flip(1))
-    assert out.isfinite().all()
+        assert torch.equal(ours(x, src_key_padding_mask=mask), twin(x, src_key_padding_mask=mask))
 
 
 ATTENTIONS = {
