@@ -151,6 +151,7 @@ def test_parameters_keys_names_and_modes_are_kept():
 def test_random_numbers_and_buffers_are_not_touched():
     model = _Model()
     model.encoder.layers[0].register_buffer("calls", torch.zeros(3))
+    model.decoder.activation = lambda x: x + 0 * torch.rand_like(x)
     torch.manual_seed(9)
     state = torch.get_rng_state()
     fastlm.patch(model)
@@ -166,6 +167,8 @@ def test_shared_modules_and_parameters_stay_shared():
     assert model[0] is model[1][0] is norm
     assert model[2].weight is norm.weight
     assert len(report.swapped) == 2
+    own = _OwnNorm(DIM)
+    assert [a.name for a in fastlm.patch(nn.ModuleList([own, own])).left_alone] == ["0"]
 
 
 def test_hooks_are_kept_and_never_called_by_the_proof():
