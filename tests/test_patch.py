@@ -168,7 +168,7 @@ def test_shared_modules_and_parameters_stay_shared():
     assert model[2].weight is norm.weight
     assert len(report.swapped) == 2
     own = _OwnNorm(DIM)
-    assert [a.name for a in fastlm.patch(nn.ModuleList([own, own])).left_alone] == ["0"]
+    assert [a.name for a in fastlm.patch(nn.ModuleList([own, nn.ModuleList([own])])).left_alone] == ["0"]
 
 
 def test_hooks_are_kept_and_never_called_by_the_proof():
