@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from twins import assert_alike, pair
 
@@ -185,11 +186,13 @@ def test_encoder_gives_other_layers_the_floating_masks_that_torch_gives():
     assert seen == [torch.float32, torch.float32, True]
 
 
-def test_nested_tensors_still_work_in_a_layer_inside_torchs_encoder():
-    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, batch_first=True)
+def test_a_layer_inside_torchs_encoder_takes_its_nested_tensors():
+    kinds = fastlm.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer
+    layers = pair(*kinds, DIM, HEADS, HIDDEN, batch_first=True)
+    ours, twin = (nn.TransformerEncoder(layer, 2).eval() for layer in layers)
+    x, mask = sequence(), torch.arange(SEQ).expand(BATCH, SEQ) >= 6
     with torch.no_grad():
-        out = nn.TransformerEncoder(layer, 2).eval()(sequence(), src_key_padding_mask=padding().flip(1))
-    assert out.isfinite().all()
+        assert torch.equal(ours(x, src_key_padding_mask=mask), twin(x, src_key_padding_mask=mask))
 
 
 ATTENTIONS = {
@@ -318,8 +321,9 @@ def autocast_pairs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("ours", "twin"), list(autocast_pairs()))
-def test_autocast_returns_the_twins_dtype(ours, twin, dtype):
+def test_autocast_returns_the_twins_dtype(ours, twin, cast, dtype):
     x = sequence().to(dtype)
     runs = {
         "MultiheadAttention": lambda m: m(x, x, x, need_weights=False)[0],
@@ -329,12 +333,24 @@ def test_autocast_returns_the_twins_dtype(ours, twin, dtype):
     run = runs.get(type(twin).__name__, lambda m: m(x))
     if isinstance(ours, nn.CrossEntropyLoss):
         ours.weight = twin.weight = None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", cast):
         assert run(ours).dtype == run(twin).dtype
+
+
+def test_checkpointing_repeats_the_dropout():
+    layer = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.3, norm_first=True)
+    x, grads = sequence(), []
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        run(leaf).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 def test_layer_compiles_to_one_graph():
     options = {"activation": "gelu", "norm_first": True, "batch_first": True}
     layer, x = fastlm.nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, **options), sequence()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, later(), is_causal=True), layer(x, later(), is_causal=True))
+    for options in ({}, {"is_causal": True}):
+        torch.testing.assert_close(compiled(x, later(), **options), layer(x, later(), **options))

@@ -151,6 +151,7 @@ def test_parameters_keys_names_and_modes_are_kept():
 def test_random_numbers_and_buffers_are_not_touched():
     model = _Model()
     model.encoder.layers[0].register_buffer("calls", torch.zeros(3))
+    model.decoder.activation = lambda x: x + 0 * torch.rand_like(x)
     torch.manual_seed(9)
     state = torch.get_rng_state()
     fastlm.patch(model)
@@ -166,6 +167,8 @@ def test_shared_modules_and_parameters_stay_shared():
     assert model[0] is model[1][0] is norm
     assert model[2].weight is norm.weight
     assert len(report.swapped) == 2
+    own = _OwnNorm(DIM)
+    assert [a.name for a in fastlm.patch(nn.ModuleList([own, nn.ModuleList([own])])).left_alone] == ["0"]
 
 
 def test_hooks_are_kept_and_never_called_by_the_proof():
@@ -246,6 +249,21 @@ def test_without_native_kernels_all_is_left_alone(monkeypatch):
     report = fastlm.patch(_Model())
     assert not report.swapped
     assert {a.reason for a in report.left_alone} == {"fastlm._cpu was not built: no g++"}
+
+
+def test_a_parametrised_part_is_called_as_it_is():
+    layer = nn.TransformerEncoderLayer(DIM, 4, 48, 0.0, "gelu")
+    nn.utils.parametrizations.weight_norm(layer.linear1)
+    twin = copy.deepcopy(layer)
+    assert not fastlm.patch(layer).left_alone
+    kernels = assert_alike(layer, twin, [inputs()])
+    assert "attention" in kernels and "feed_forward" not in kernels
+
+
+def test_models_made_in_inference_mode_are_swapped():
+    with torch.inference_mode():
+        model = nn.TransformerEncoderLayer(DIM, 4, 48)
+        assert not fastlm.patch(model).left_alone
 
 
 class _WrongNorm(nn.LayerNorm):

@@ -1,7 +1,8 @@
 """Proves on copies that a module computes the same in its fastlm class: the 2x rule, with gradients."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def _copy(t: Tensor, dtype: torch.dtype | None, copies: dict) -> Tensor:
 
 def _run(module: nn.Module, trial: Trial, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The output and the gradients of inputs and parameters, by name."""
-    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in trial.inputs]
+    inputs = [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in trial.inputs]
     leaves = {f"input {i}": x for i, x in enumerate(inputs)}
     leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}
     output = trial.run(module, *inputs)
@@ -67,6 +68,17 @@ def _run(module: nn.Module, trial: Trial, dtype: torch.dtype | None) -> dict[str
         for (n, x), g in zip(leaves.items(), found, strict=True)
     }
     return {"output": output} | gradients
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inputs this small gain nothing from threads; on a busy machine waiting for them took 50 s a model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def refusal(
@@ -83,7 +95,7 @@ def refusal(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False), _one_thread():
                 return _first_difference(module, trials, before, after)
     except Exception as error:  # of whatever the module's own parts do on inputs that were made up here
         words = (str(error).splitlines() or [""])[0][:200]

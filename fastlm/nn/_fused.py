@@ -14,7 +14,7 @@ from .. import ops
 from ..ops import NormOutput
 from ._autocast import as_autocast
 from .dropout import Dropout
-from .layer_norm import LayerNorm
+from .layer_norm import LayerNorm, takes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -64,11 +64,12 @@ def _one_dtype(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 def add_norm(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> NormOutput:
     """(norm(h), h), h = dropout(x) + residual, in one op where both modules are plain."""
     p = _drop_p(dropout)
-    if p is None or not is_plain(norm, nn.LayerNorm, LayerNorm) or norm.normalized_shape != x.shape[-1:]:
+    wide, beside = (as_autocast("layer_norm", t) for t in _one_dtype(x, residual))
+    plain = p is not None and is_plain(norm, nn.LayerNorm, LayerNorm)
+    if not plain or len(norm.normalized_shape) > 1 or not takes(norm, wide):
         h = residual + dropout(x)
         return NormOutput(norm(h), h)
-    x, residual = (as_autocast("layer_norm", t) for t in _one_dtype(x, residual))
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=p)
+    return ops.layer_norm(wide, norm.weight, norm.bias, norm.eps, residual=beside, dropout_p=p)
 
 
 def add_dropout(x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:

@@ -7,6 +7,8 @@ attend, bias that is added.
 import torch
 from torch import Tensor
 
+from .._ops._check import has_values
+
 
 def is_causal(mask: Tensor | None, hint: bool | None = None) -> bool:
     """Whether a torch.nn attention mask [seq, seq] excludes exactly the keys after each query.
@@ -16,9 +18,7 @@ def is_causal(mask: Tensor | None, hint: bool | None = None) -> bool:
     """
     if hint or mask is None:
         return bool(hint)
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.requires_grad or mask.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.requires_grad or not has_values(mask):
         return False
     later = torch.ones(mask.shape, dtype=torch.bool).triu(1)
     if mask.dtype is torch.bool:

@@ -1,9 +1,17 @@
 """LayerNorm: torch.nn.LayerNorm on ops.layer_norm."""
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ._autocast import as_autocast
+
+
+def takes(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether ops.layer_norm takes x and the parameters of `norm`."""
+    shape, parameters = norm.normalized_shape, [p for p in (norm.weight, norm.bias) if p is not None]
+    dtypes = all(p.dtype in (x.dtype, torch.float32) for p in parameters)
+    return dtypes and not x.is_nested and 0 not in shape and x.shape[-len(shape) :] == shape
 
 
 class LayerNorm(nn.LayerNorm):
@@ -18,10 +26,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., *normalized_shape]; returns a tensor like it."""
-        shape = self.normalized_shape
-        if input.is_nested or input.shape[-len(shape) :] != shape or 0 in shape:
+        input, shape = as_autocast("layer_norm", input), self.normalized_shape
+        if not takes(self, input):
             return super().forward(input)  # torch has the rule, or the words for the error
-        input = as_autocast("layer_norm", input)
         if len(shape) == 1:
             return ops.layer_norm(input, self.weight, self.bias, self.eps)
         weight, bias = (p if p is None else p.flatten() for p in (self.weight, self.bias))

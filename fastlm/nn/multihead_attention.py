@@ -16,8 +16,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
-        dtype:
-            as torch.nn.MultiheadAttention.
+            dtype: as torch.nn.MultiheadAttention.
 
     Source: Vaswani et al., "Attention is all you need", https://arxiv.org/abs/1706.03762.
     """
