@@ -41,7 +41,7 @@ struct Part {
 struct Tiles {
   int64_t dim_ld, value_ld, key_ld = padded(kKeys), keys, row_ld;
   Scratch scratch;
-  float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative;
+  float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative, *dbias;
 
   Tiles(const AttentionInputs& a, int64_t count)
       : dim_ld(padded(a.dim)),
@@ -60,11 +60,12 @@ struct Tiles {
     dp = scratch.take(kRows * row_ld);
     scales = scratch.take(row_ld + kPhiloxNumbers);
     derivative = scratch.take(row_ld);
+    dbias = scratch.take(row_ld);
   }
 
   int64_t floats() const {
     const int64_t packed = keys * dim_ld + kKeys * value_ld + keys / kKeys * (dim_ld + value_ld) * key_ld;
-    return packed + kRows * (2 * dim_ld + value_ld + 2 * row_ld) + 2 * row_ld + kPhiloxNumbers;
+    return packed + kRows * (2 * dim_ld + value_ld + 2 * row_ld) + 3 * row_ld + kPhiloxNumbers;
   }
 };
 
@@ -78,9 +79,14 @@ struct Head {
   float *dbias, *dk, *dv;
 };
 
-void add_dbias(const Head& h, int64_t i, int64_t j, int64_t n, const float* ds) {
-  const int64_t stride = h.f.dbias_strides[3];
-  float* to = h.dbias + i * h.f.dbias_strides[2] + j * stride;
+// Where query i's ds goes, from column `col` on. A sum over queries is taken in short sums, in t.dbias.
+float* dbias_row(const Head& h, Tiles& t, int64_t i, int64_t col) {
+  const int64_t row = h.f.dbias_strides[2], stride = h.f.dbias_strides[3];
+  return row == 0 ? t.dbias + col * stride : h.dbias + i * row + (h.base + col) * stride;
+}
+
+// Adds ds to dbias: key by key, or its sum if the stride is 0.
+void add_dbias(float* to, int64_t stride, int64_t n, const float* ds) {
   if (stride == 1) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) to[c] += ds[c];
@@ -132,7 +138,7 @@ void gradient_row(const Head& h, Tiles& t, int64_t i, Range all, float* s, float
   } else {
     softmax_backward<false>(whole, dlse, nullptr, s, dp);
   }
-  if (h.dbias) add_dbias(h, i, j, n, dp + kept.begin);
+  if (h.dbias) add_dbias(dbias_row(h, t, i, kept.begin), h.f.dbias_strides[3], n, dp + kept.begin);
   if (h.scores.capped()) {
     for (int64_t c = 0; c < n; ++c) dp[kept.begin + c] *= t.derivative[c];
   }
@@ -147,7 +153,8 @@ void products(const Head& h, Tiles& t, int64_t r0, int64_t count, Range kept) {
   const AttentionInputs& a = h.f.in;
   const Left q = {t.q + r0 * t.dim_ld, t.dim_ld, 1}, dout = {t.dout + r0 * t.value_ld, t.value_ld, 1};
   for (int64_t j = round_down(kept.begin, kKeys); j < kept.end; j += kKeys) {
-    const int64_t begin = round_down(std::max(j, kept.begin), kLine), n = std::min(j + kKeys, kept.end) - begin;
+    const int64_t begin = round_down(std::max(j, kept.begin), kLine);
+    const int64_t n = round_up(std::min(j + kKeys, kept.end) - begin, kLine);  // no NaN may be left where p is 0
     const float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
     float *s = t.s + r0 * t.row_ld + begin, *dp = t.dp + r0 * t.row_ld + begin;
     multiply(false, count, n, a.dim, q, kt + begin - j, t.key_ld, s, t.row_ld);
@@ -196,6 +203,8 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
     std::fill(t.dout, t.dout + count * t.value_ld, 0.0f);
   }
   const Range kept = h.band.keys_of(rows), all = {kept.begin - h.base, std::max(kept.begin, kept.end) - h.base};
+  const bool sums = h.dbias && h.f.dbias_strides[2] == 0;
+  if (sums) std::fill(t.dbias, t.dbias + t.row_ld, 0.0f);
   for (int64_t r = 0; r < count; r += kGroup) {
     const int64_t group = std::min(kGroup, count - r), i = rows.begin + r;
     const Range own = h.band.keys_of({i, i + group});
@@ -209,6 +218,10 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
              t.k + cols.begin * t.dim_ld, t.dim_ld, t.dq + r * t.dim_ld, t.dim_ld);
   }
   if (h.f.dq) store_rows(a.dtype, t.dq, a.heads, a.queries, h.batch, h.head, rows, a.dim, a.scale, h.f.dq);
+  if (sums) {
+    const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin, col = all.begin * stride;
+    add_dbias(h.dbias + h.base * stride + col, 1, n, t.dbias + col);
+  }
   add_all_keys(h, t, rows, kept);
 }
 
