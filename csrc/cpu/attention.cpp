@@ -1,6 +1,7 @@
-// attention, forward: a task is a block of queries of one head. It walks over tiles of keys with the softmax's
-// running maximum and sum (Milakov, Gimelshein, https://arxiv.org/abs/1805.02867; Dao et al.,
-// https://arxiv.org/abs/2205.14135), so that no more than a few rows of scores exist. Bound by 4 * dim FLOPs a pair.
+// attention, forward: a task is a block of queries of one head. It walks over tiles of keys with the
+// softmax's running maximum and sum (Milakov, Gimelshein, https://arxiv.org/abs/1805.02867; Dao et al.,
+// https://arxiv.org/abs/2205.14135), so that no more than a few rows of scores exist. Bound by 4 * dim FLOPs
+// a pair.
 #include "attention.h"
 
 #include "rows.h"
@@ -8,9 +9,11 @@
 namespace fastlm {
 namespace {
 
-constexpr int64_t kKeys = 256;   // a tile of keys: K^T and V of 64 dims, 140 KB, stay in the second-level cache
-constexpr int64_t kRows = 48;    // queries at a time: their scores, 52 KB, are still near when the softmax comes
-constexpr int64_t kBlock = 528;  // queries a task: packing a tile of keys is 2% of the work
+constexpr int64_t kKeys =
+    256;  // a tile of keys: K^T and V of 64 dims, 140 KB, stay in the second-level cache
+constexpr int64_t kRows =
+    48;  // queries at a time: their scores, 52 KB, are still near when the softmax comes
+constexpr int64_t kBlock = 528;  // queries a task: they share the packing of a tile of keys
 constexpr int64_t kTasks = 32;   // with fewer blocks than this they are cut smaller
 
 int64_t block_of(const AttentionInputs& a) {
@@ -37,7 +40,8 @@ struct Tiles {
   }
 
   int64_t floats(int64_t block) const {
-    return (block + kKeys) * (dim_ld + value_ld) + dim_ld * key_ld + kRows * key_ld + 2 * round_up(block, kLine);
+    return (block + kKeys) * (dim_ld + value_ld) + dim_ld * key_ld + kRows * key_ld +
+           2 * round_up(block, kLine);
   }
 };
 
@@ -73,15 +77,15 @@ void softmax_row(const Scores& scores, int64_t i, int64_t j, Range kept, float* 
 }
 
 // Queries `rows` against the tile of keys `cols`; `first` is the first query of the block.
-void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& band, Tiles& t, int64_t first, Range rows,
-                  Range cols) {
+void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& band, Tiles& t, int64_t first,
+                  Range rows, Range cols) {
   const Range kept = intersection(band.keys_of(rows), cols);
   if (kept.empty()) return;
   const Range tile = {kept.begin - cols.begin, kept.end - cols.begin};
   const int64_t whole = round_down(tile.begin, kLine), count = rows.end - rows.begin, r0 = rows.begin - first;
   float* out = t.out + r0 * t.value_ld;
-  multiply(false, count, tile.end - whole, a.dim, {t.q + r0 * t.dim_ld, t.dim_ld, 1}, t.kt + whole, t.key_ld, t.s + whole,
-           t.key_ld);
+  multiply(false, count, tile.end - whole, a.dim, {t.q + r0 * t.dim_ld, t.dim_ld, 1}, t.kt + whole, t.key_ld,
+           t.s + whole, t.key_ld);
   for (int64_t r = 0; r < count; ++r) {
     float* s = t.s + r * t.key_ld;
     const int64_t i = rows.begin + r;
@@ -91,7 +95,8 @@ void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& ba
       std::fill(s + tile.begin, s + tile.end, 0.0f);
       continue;
     }
-    softmax_row(scores, i, cols.begin, own, s, t.maximum[r0 + r], t.sum[r0 + r], out + r * t.value_ld, a.value_dim);
+    softmax_row(scores, i, cols.begin, own, s, t.maximum[r0 + r], t.sum[r0 + r], out + r * t.value_ld,
+                a.value_dim);
     own = {round_down(own.begin, kLine), round_up(own.end, kLine)};
     for (int64_t c = tile.begin; c < own.begin; ++c) s[c] = 0;
     for (int64_t c = own.end; c < tile.end; ++c) s[c] = 0;

@@ -48,8 +48,8 @@ inline Band band_of(const AttentionInputs& a, int64_t batch) {
 }
 
 // Rows [rows.begin, rows.end) of one head as a tile, times `factor`.
-inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols, float factor,
-                      float* out) {
+inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols,
+                      float factor, float* out) {
   const int64_t start = batch * t.batch + head * t.head + rows.begin * t.seq;
   with_dtype(dtype, [&]<class T>() {
     load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, factor, out);
@@ -57,8 +57,8 @@ inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, 
 }
 
 // The opposite, into a tensor that is contiguous as [batch, seq, heads, cols].
-inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t seq, int64_t batch, int64_t head,
-                       Range rows, int64_t cols, float factor, void* out) {
+inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t seq, int64_t batch,
+                       int64_t head, Range rows, int64_t cols, float factor, void* out) {
   const int64_t start = ((batch * seq + rows.begin) * heads + head) * cols;
   with_dtype(dtype, [&]<class T>() {
     store_tile(tile, rows.end - rows.begin, cols, factor, static_cast<T*>(out) + start, heads * cols);
@@ -85,7 +85,8 @@ class Scores {
   bool capped() const { return softcap_ > 0; }
   bool drops() const { return drops_; }
 
-  // Turns s[c] = scale * q_i . k_(j + c), c in [0, n), into scores; `derivative`, unless null, gets the softcap's.
+  // Turns s[c] = scale * q_i . k_(j + c), c in [0, n), into scores; `derivative`, unless null, gets the
+  // softcap's.
   void adjust(int64_t i, int64_t j, int64_t n, float* s, float* derivative) const {
     if (capped()) cap(n, s, derivative);
     if (slope_ != 0) {
@@ -97,8 +98,8 @@ class Scores {
     if (mask_) exclude(mask_ + i * mask_strides_[0] + j * mask_strides_[1], n, s);
   }
 
-  // What dropout multiplies the probabilities of query i and keys [j, j + n) with; n is rounded up to 64, j is a
-  // multiple of 4.
+  // What dropout multiplies the probabilities of query i and keys [j, j + n) with; n is rounded up to 64, j
+  // is a multiple of 4.
   void dropout(int64_t i, int64_t j, int64_t n, float* scales) const {
     for (int64_t c = 0; c < n; c += kPhiloxNumbers) {
       dropout_.columns(static_cast<uint32_t>(i), head_, j + c, scales + c);
@@ -157,8 +158,8 @@ class Scores {
   uint32_t head_;
 };
 
-// Columns [kept.begin, kept.end) of a tile's row, rounded outwards to whole vectors: what lies between is set to
-// `fill`, and so need not be looked at one by one.
+// Columns [kept.begin, kept.end) of a tile's row, rounded outwards to whole vectors: what lies between is set
+// to `fill`, and so need not be looked at one by one.
 inline Range whole_vectors(Range kept, float fill, float* row) {
   const Range whole = {round_down(kept.begin, kLine), round_up(kept.end, kLine)};
   for (int64_t c = whole.begin; c < kept.begin; ++c) row[c] = fill;

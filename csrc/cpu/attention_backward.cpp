@@ -1,8 +1,9 @@
-// attention, backward: a task is a chunk of the queries of all query heads that read one key head. A few queries at a
-// time it holds their scores and dp for all keys, so that memory stays linear and the softmax's backward is the plain
-// one: sum_j p_ij dp_ij is taken from the very dp that it is subtracted from (dout . out, which would save a pass, is
-// rounded otherwise: up to 3 times the error where one key has most of the weight). dk and dv are summed in the task's
-// own buffers; those of several chunks are added in their order. Bound by 10 * dim FLOPs a pair.
+// attention, backward: a task is a chunk of the queries of all query heads that read one key head. A few
+// queries at a time it holds their scores and dp for all keys, so that memory stays linear and the softmax's
+// backward is the plain one: sum_j p_ij dp_ij is taken from the very dp that it is subtracted from (dout .
+// out, which would save a pass, is rounded otherwise: 2.5 times the error was seen where one key has most of
+// the weight). dk and dv are summed in the task's own buffers; those of several chunks are added in their
+// order. Bound by 10 * dim FLOPs a pair.
 #include <vector>
 
 #include "attention.h"
@@ -13,9 +14,10 @@ namespace {
 
 constexpr int64_t kKeys = 256;  // a packed tile of K^T or V^T
 constexpr int64_t kRows = 72;   // queries at a time: their scores and dp for 1024 keys are 600 KB
-constexpr int64_t kGroup = 24;  // rows or keys at a time along the band's edges: skips most of what is outside
-constexpr int64_t kTasks = 16;  // with fewer heads than this the queries are cut into chunks
-constexpr int64_t kChunk = 256;  // at least so many queries each, so that packing the keys is 5% of the work
+constexpr int64_t kGroup =
+    24;  // rows or keys at a time along the band's edges: skips most of what is outside
+constexpr int64_t kTasks = 16;   // with fewer heads than this the queries are cut into chunks
+constexpr int64_t kChunk = 256;  // at least so many queries each, so that packing the keys stays a small part
 
 // How the work is cut: by shape alone. Heads and queries that share an element of dbias are one task's.
 struct Split {
@@ -154,7 +156,8 @@ void products(const Head& h, Tiles& t, int64_t r0, int64_t count, Range kept) {
   const Left q = {t.q + r0 * t.dim_ld, t.dim_ld, 1}, dout = {t.dout + r0 * t.value_ld, t.value_ld, 1};
   for (int64_t j = round_down(kept.begin, kKeys); j < kept.end; j += kKeys) {
     const int64_t begin = round_down(std::max(j, kept.begin), kLine);
-    const int64_t n = round_up(std::min(j + kKeys, kept.end) - begin, kLine);  // no NaN may be left where p is 0
+    const int64_t n =
+        round_up(std::min(j + kKeys, kept.end) - begin, kLine);  // no NaN may be left where p is 0
     const float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
     float *s = t.s + r0 * t.row_ld + begin, *dp = t.dp + r0 * t.row_ld + begin;
     multiply(false, count, n, a.dim, q, kt + begin - j, t.key_ld, s, t.row_ld);
@@ -170,8 +173,8 @@ void add_keys(const Head& h, Tiles& t, Range rows, Range keys) {
   const int64_t r0 = kept.begin - rows.begin, c0 = keys.begin - h.base, start = r0 * t.row_ld + c0;
   const int64_t count = keys.end - keys.begin, depth = kept.end - kept.begin;
   if (h.f.dv) {
-    multiply(true, count, a.value_dim, depth, {t.s + start, 1, t.row_ld}, t.dout + r0 * t.value_ld, t.value_ld,
-             h.dv + c0 * t.value_ld, t.value_ld);
+    multiply(true, count, a.value_dim, depth, {t.s + start, 1, t.row_ld}, t.dout + r0 * t.value_ld,
+             t.value_ld, h.dv + c0 * t.value_ld, t.value_ld);
   }
   if (h.f.dk) {
     multiply(true, count, a.dim, depth, {t.dp + start, 1, t.row_ld}, t.q + r0 * t.dim_ld, t.dim_ld,
@@ -179,9 +182,11 @@ void add_keys(const Head& h, Tiles& t, Range rows, Range keys) {
   }
 }
 
-// dk and dv of all keys that these queries keep: at once for keys that all of them keep, in groups at the edges.
+// dk and dv of all keys that these queries keep: at once for keys that all of them keep, in groups at the
+// edges.
 void add_all_keys(const Head& h, Tiles& t, Range rows, Range kept) {
-  const Range first = h.band.keys_of({rows.begin, rows.begin + 1}), last = h.band.keys_of({rows.end - 1, rows.end});
+  const Range first = h.band.keys_of({rows.begin, rows.begin + 1}),
+              last = h.band.keys_of({rows.end - 1, rows.end});
   const Range shared = intersection(first, last);
   for (int64_t j = kept.begin; j < kept.end;) {
     int64_t end = std::min(kept.end, j + kGroup);
@@ -202,7 +207,8 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   } else {
     std::fill(t.dout, t.dout + count * t.value_ld, 0.0f);
   }
-  const Range kept = h.band.keys_of(rows), all = {kept.begin - h.base, std::max(kept.begin, kept.end) - h.base};
+  const Range kept = h.band.keys_of(rows),
+              all = {kept.begin - h.base, std::max(kept.begin, kept.end) - h.base};
   const bool sums = h.dbias && h.f.dbias_strides[2] == 0;
   if (sums) std::fill(t.dbias, t.dbias + t.row_ld, 0.0f);
   for (int64_t r = 0; r < count; r += kGroup) {
@@ -219,7 +225,8 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   }
   if (h.f.dq) store_rows(a.dtype, t.dq, a.heads, a.queries, h.batch, h.head, rows, a.dim, a.scale, h.f.dq);
   if (sums) {
-    const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin, col = all.begin * stride;
+    const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin,
+                  col = all.begin * stride;
     add_dbias(h.dbias + h.base * stride + col, 1, n, t.dbias + col);
   }
   add_all_keys(h, t, rows, kept);
@@ -236,9 +243,10 @@ void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, Range k
   }
 }
 
-// dk or dv of some keys: the parts of all chunks, added in their order. q was loaded times scale: dk needs no factor.
-void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Floats Part::* which, int64_t batch,
-                int64_t kv_head, Range keys, int64_t cols, void* out) {
+// dk or dv of some keys: the parts of all chunks, added in their order. q was loaded times scale: dk needs no
+// factor.
+void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Floats Part::* which,
+                int64_t batch, int64_t kv_head, Range keys, int64_t cols, void* out) {
   const int64_t ld = padded(cols);
   Scratch scratch(kKeys * ld);
   float* tile = scratch.take(kKeys * ld);
@@ -254,8 +262,8 @@ void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Flo
   store_rows(a.dtype, tile, a.kv_heads, a.keys, batch, kv_head, keys, cols, 1, out);
 }
 
-void store_all_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch, int64_t kv_head,
-                    int64_t j) {
+void store_all_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch,
+                    int64_t kv_head, int64_t j) {
   const AttentionInputs& a = f.in;
   const Range keys = {j, std::min(a.keys, j + kKeys)};
   if (f.dk) store_keys(a, parts, chunks, &Part::dk, batch, kv_head, keys, a.dim, f.dk);
@@ -294,20 +302,23 @@ void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, 
 void attention_backward(const Context& context, const AttentionBackward& f) {
   const AttentionInputs& a = f.in;
   const Split split(f);
-  const int64_t groups = split.batches * split.kv_heads, batches = a.batch / std::max<int64_t>(1, split.batches);
+  const int64_t groups = split.batches * split.kv_heads,
+                batches = a.batch / std::max<int64_t>(1, split.batches);
   const int64_t kv_heads = a.kv_heads / split.kv_heads, pieces = divide_up(a.keys, kKeys);
   std::vector<Part> parts(static_cast<size_t>(a.batch * a.kv_heads * split.chunks));
   parallel_tasks(context, groups * split.chunks, [&](int64_t index) {
     // The last queries first: with a causal band they have the most keys.
     const int64_t chunk = split.chunks - 1 - index / groups, group = index % groups;
-    const Range queries = {std::min(a.queries, chunk * split.chunk), std::min(a.queries, (chunk + 1) * split.chunk)};
+    const Range queries = {std::min(a.queries, chunk * split.chunk),
+                           std::min(a.queries, (chunk + 1) * split.chunk)};
     const int64_t b0 = group / split.kv_heads * batches, h0 = group % split.kv_heads * kv_heads;
     for (int64_t batch = b0; batch < b0 + batches; ++batch) {
       for (int64_t head = h0; head < h0 + kv_heads; ++head) {
         Part& part = parts[static_cast<size_t>((batch * a.kv_heads + head) * split.chunks + chunk)];
         backward_chunk(f, batch, head, queries, part);
         if (split.chunks > 1) continue;
-        for (int64_t piece = 0; piece < pieces; ++piece) store_all_keys(f, &part, 1, batch, head, piece * kKeys);
+        for (int64_t piece = 0; piece < pieces; ++piece)
+          store_all_keys(f, &part, 1, batch, head, piece * kKeys);
         part = Part();
       }
     }
