@@ -13,7 +13,7 @@ constexpr int64_t kKeys =
     256;  // a tile of keys: K^T and V of 64 dims, 140 KB, stay in the second-level cache
 constexpr int64_t kRows =
     48;  // queries at a time: their scores, 52 KB, are still near when the softmax comes
-constexpr int64_t kBlock = 528;  // queries a task: packing a tile of keys is 2% of the work
+constexpr int64_t kBlock = 528;  // queries a task: they share the packing of a tile of keys
 constexpr int64_t kTasks = 32;   // with fewer blocks than this they are cut smaller
 
 int64_t block_of(const AttentionInputs& a) {

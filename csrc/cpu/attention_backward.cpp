@@ -1,9 +1,9 @@
 // attention, backward: a task is a chunk of the queries of all query heads that read one key head. A few
 // queries at a time it holds their scores and dp for all keys, so that memory stays linear and the softmax's
 // backward is the plain one: sum_j p_ij dp_ij is taken from the very dp that it is subtracted from (dout .
-// out, which would save a pass, is rounded otherwise: up to 3 times the error where one key has most of the
-// weight). dk and dv are summed in the task's own buffers; those of several chunks are added in their order.
-// Bound by 10 * dim FLOPs a pair.
+// out, which would save a pass, is rounded otherwise: 2.5 times the error was seen where one key has most of
+// the weight). dk and dv are summed in the task's own buffers; those of several chunks are added in their
+// order. Bound by 10 * dim FLOPs a pair.
 #include <vector>
 
 #include "attention.h"
@@ -17,7 +17,7 @@ constexpr int64_t kRows = 72;   // queries at a time: their scores and dp for 10
 constexpr int64_t kGroup =
     24;  // rows or keys at a time along the band's edges: skips most of what is outside
 constexpr int64_t kTasks = 16;   // with fewer heads than this the queries are cut into chunks
-constexpr int64_t kChunk = 256;  // at least so many queries each, so that packing the keys is 5% of the work
+constexpr int64_t kChunk = 256;  // at least so many queries each, so that packing the keys stays a small part
 
 // How the work is cut: by shape alone. Heads and queries that share an element of dbias are one task's.
 struct Split {
@@ -43,7 +43,7 @@ struct Part {
 struct Tiles {
   int64_t dim_ld, value_ld, key_ld = padded(kKeys), keys, row_ld;
   Scratch scratch;
-  float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative;
+  float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative, *dbias;
 
   Tiles(const AttentionInputs& a, int64_t count)
       : dim_ld(padded(a.dim)),
@@ -62,11 +62,12 @@ struct Tiles {
     dp = scratch.take(kRows * row_ld);
     scales = scratch.take(row_ld + kPhiloxNumbers);
     derivative = scratch.take(row_ld);
+    dbias = scratch.take(row_ld);
   }
 
   int64_t floats() const {
     const int64_t packed = keys * dim_ld + kKeys * value_ld + keys / kKeys * (dim_ld + value_ld) * key_ld;
-    return packed + kRows * (2 * dim_ld + value_ld + 2 * row_ld) + 2 * row_ld + kPhiloxNumbers;
+    return packed + kRows * (2 * dim_ld + value_ld + 2 * row_ld) + 3 * row_ld + kPhiloxNumbers;
   }
 };
 
@@ -80,9 +81,14 @@ struct Head {
   float *dbias, *dk, *dv;
 };
 
-void add_dbias(const Head& h, int64_t i, int64_t j, int64_t n, const float* ds) {
-  const int64_t stride = h.f.dbias_strides[3];
-  float* to = h.dbias + i * h.f.dbias_strides[2] + j * stride;
+// Where query i's ds goes, from column `col` on. A sum over queries is taken in short sums, in t.dbias.
+float* dbias_row(const Head& h, Tiles& t, int64_t i, int64_t col) {
+  const int64_t row = h.f.dbias_strides[2], stride = h.f.dbias_strides[3];
+  return row == 0 ? t.dbias + col * stride : h.dbias + i * row + (h.base + col) * stride;
+}
+
+// Adds ds to dbias: key by key, or its sum if the stride is 0.
+void add_dbias(float* to, int64_t stride, int64_t n, const float* ds) {
   if (stride == 1) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) to[c] += ds[c];
@@ -134,7 +140,7 @@ void gradient_row(const Head& h, Tiles& t, int64_t i, Range all, float* s, float
   } else {
     softmax_backward<false>(whole, dlse, nullptr, s, dp);
   }
-  if (h.dbias) add_dbias(h, i, j, n, dp + kept.begin);
+  if (h.dbias) add_dbias(dbias_row(h, t, i, kept.begin), h.f.dbias_strides[3], n, dp + kept.begin);
   if (h.scores.capped()) {
     for (int64_t c = 0; c < n; ++c) dp[kept.begin + c] *= t.derivative[c];
   }
@@ -149,8 +155,9 @@ void products(const Head& h, Tiles& t, int64_t r0, int64_t count, Range kept) {
   const AttentionInputs& a = h.f.in;
   const Left q = {t.q + r0 * t.dim_ld, t.dim_ld, 1}, dout = {t.dout + r0 * t.value_ld, t.value_ld, 1};
   for (int64_t j = round_down(kept.begin, kKeys); j < kept.end; j += kKeys) {
-    const int64_t begin = round_down(std::max(j, kept.begin), kLine),
-                  n = std::min(j + kKeys, kept.end) - begin;
+    const int64_t begin = round_down(std::max(j, kept.begin), kLine);
+    const int64_t n =
+        round_up(std::min(j + kKeys, kept.end) - begin, kLine);  // no NaN may be left where p is 0
     const float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
     float *s = t.s + r0 * t.row_ld + begin, *dp = t.dp + r0 * t.row_ld + begin;
     multiply(false, count, n, a.dim, q, kt + begin - j, t.key_ld, s, t.row_ld);
@@ -202,6 +209,8 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   }
   const Range kept = h.band.keys_of(rows),
               all = {kept.begin - h.base, std::max(kept.begin, kept.end) - h.base};
+  const bool sums = h.dbias && h.f.dbias_strides[2] == 0;
+  if (sums) std::fill(t.dbias, t.dbias + t.row_ld, 0.0f);
   for (int64_t r = 0; r < count; r += kGroup) {
     const int64_t group = std::min(kGroup, count - r), i = rows.begin + r;
     const Range own = h.band.keys_of({i, i + group});
@@ -215,6 +224,11 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
              t.k + cols.begin * t.dim_ld, t.dim_ld, t.dq + r * t.dim_ld, t.dim_ld);
   }
   if (h.f.dq) store_rows(a.dtype, t.dq, a.heads, a.queries, h.batch, h.head, rows, a.dim, a.scale, h.f.dq);
+  if (sums) {
+    const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin,
+                  col = all.begin * stride;
+    add_dbias(h.dbias + h.base * stride + col, 1, n, t.dbias + col);
+  }
   add_all_keys(h, t, rows, kept);
 }
 

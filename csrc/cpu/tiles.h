@@ -28,7 +28,7 @@ constexpr int kLanes = 4, kMicroRows = 3;
 constexpr int kMicroVectors = 4;
 constexpr int64_t kLine = 16;  // floats in a cache line: rows are padded to whole ones
 constexpr int64_t kDepth =
-    128;  // rows of the right operand at a time: 128 x 64 floats stay in the first-level cache
+    32;  // products a sum, and rows of the right operand that stay in the first-level cache
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
@@ -136,7 +136,8 @@ struct Left {
   int64_t row, col;
 };
 
-// kRows x kVectors vectors of c (+)= a * b; row k of b starts at b + k * b_ld.
+// kRows x kVectors vectors of c (+)= a * b; row k of b starts at b + k * b_ld. c is added last: a sum of
+// short sums keeps the rounding error small.
 template <int kRows, int kVectors>
 void micro(bool add, int64_t depth, Left a, const float* b, int64_t b_ld, float* c, int64_t c_ld) {
   Vector sum[kRows][kVectors];
@@ -144,7 +145,7 @@ void micro(bool add, int64_t depth, Left a, const float* b, int64_t b_ld, float*
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = add ? *reinterpret_cast<const Vector*>(c + r * c_ld + v * kLanes) : Vector{};
+      sum[r][v] = Vector{};
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -161,7 +162,10 @@ void micro(bool add, int64_t depth, Left a, const float* b, int64_t b_ld, float*
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(c + r * c_ld + v * kLanes) = sum[r][v];
+    for (int v = 0; v < kVectors; ++v) {
+      Vector* to = reinterpret_cast<Vector*>(c + r * c_ld + v * kLanes);
+      *to = add ? *to + sum[r][v] : sum[r][v];
+    }
   }
 }
 
