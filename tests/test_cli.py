@@ -32,10 +32,11 @@ def test_doctor_names_every_op_and_its_self_test_passes():
     result = _run("doctor")
     assert result.exit_code == 0, result.output
     assert all(name in result.output for name in OPS)
-    assert "0 failed" in result.output
+    assert ", 0 failed" in result.output
 
 
-def test_doctor_json_prints_json_only():
+def test_doctor_json_prints_json_only(monkeypatch):
+    monkeypatch.setattr(doctor, "verdicts", lambda *_: [])  # the test above ran them
     found = json.loads(_run("doctor", "--json").stdout)
     assert set(found["kernels"]) == set(OPS)
     assert found["instruction_set"] == _load.ISA
@@ -48,7 +49,7 @@ def test_doctor_says_why_a_kernel_cannot_run(monkeypatch):
     monkeypatch.setitem(_load.MISSING, "cpu", "no compiler was found")
     result = _run("doctor")
     assert result.exit_code == 0
-    assert "no compiler was found" in result.output
+    assert "(1) no compiler was found" in result.output
     assert "0 of 0 checks" in result.output
 
 

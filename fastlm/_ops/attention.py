@@ -119,6 +119,7 @@ def _fake_backward(dout, dlse, q, k, v, out, lse, mask, bias, *rest):
 
 
 def _cpu_limits(q, k, v, *_):
+    """Head dims above 512."""
     largest = max(q.shape[3], v.shape[3])
     if largest > _LARGEST_HEAD:
         return f"attention.cpu takes head dims up to {_LARGEST_HEAD}, got {largest}"

@@ -125,8 +125,8 @@ def _print_facts(console: Console, report: dict) -> None:
         console,
         f"Text: {text['source']}, {text['characters']:,} characters, {text['tokens']:,} tokens"
         f" of a vocabulary of {model['vocab']:,}\n"
-        f"Model: examples/plain_gpt.py, {model['parameters'] / 1e6:.1f} million parameters,"
-        f" {model['layers']} layers of {model['dim']}; {model['batch']} x {model['context']} tokens a step\n"
+        f"Model: examples/plain_gpt.py, {model['parameters'] / 1e6:.1f} million parameters, {model['layers']}"
+        f" layers of {model['dim']}; {model['batch']} x {model['context']} tokens a step\n"
         f"Machine: {report['device']}, {report['instruction_set']}, {report['threads']} threads,"
         f" torch {report['torch']}",
     )
@@ -139,8 +139,8 @@ def _proved(original, patched, pair, console: Console) -> dict:
     _say(
         console,
         f"Parity with float64, {len(found)} tensors (logits, loss, gradients):"
-        f" {'passed' if passed else 'FAILED'}; the worst error is {worst.ratio:.2f} of what the 2x rule allows"
-        f" ({worst.name})",
+        f" {'passed' if passed else 'FAILED'}; the worst error is {worst.ratio:.2f} of what"
+        f" the 2x rule allows ({worst.name})",
     )
     if not passed:
         raise CommandError(f"the patched model does not compute the same: {worst}")

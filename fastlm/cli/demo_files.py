@@ -20,10 +20,11 @@ def staged(out: Path) -> Iterator[Path]:
     `out` is made if need be, and removed again if it was made here and nothing came into it.
     Raises: CommandError where `out` cannot be written.
     """
-    made = [folder for folder in [out, *out.parents] if not folder.exists()]
+    made: list[Path] = []
     folder = None
     try:
         with _writing(out):
+            made += [parent for parent in [out, *out.parents] if not parent.exists()]
             out.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=".demo-", dir=out))
         yield folder
