@@ -149,12 +149,8 @@ class Op:
         return _as_tuple(self.forward[chosen](*args))[: self.public]
 
     def run_reference(self, args: Sequence) -> tuple:
-        """The reference on the forward schema's arguments, outside autocast (the public function has cast)."""
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _as_tuple(self.reference(*args))
-        return _as_tuple(self.reference(*args))
+        """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
+        return _as_tuple(_outside_autocast(self.reference, args))
 
     def reference_gradients(self, args: Sequence, output_gradients: Sequence, needs: Sequence[bool]) -> list:
         """Gradients through the reference, themselves differentiable: what double backward runs on."""

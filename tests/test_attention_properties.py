@@ -12,7 +12,7 @@ from fastlm._op import OPS
 from fastlm._philox import attention_scales
 from fastlm.ops import attention
 from fastlm.testing.cases import DTYPES, Draw
-from fastlm.testing.compare import KernelCalls, judge, leaves, run
+from fastlm.testing.compare import KernelCalls, judge, verdicts
 
 BACKENDS = (*OPS["attention"].backends, "reference")
 GRADIENTS = ("q", "k", "v", "bias")
@@ -238,18 +238,11 @@ def _inputs(call, d):
     return inputs | call | {"return_lse": True}
 
 
-def _verdicts_together(call, draws=6):
-    """The 2x rule on several draws at once: of a few numbers alone the reference may be right by luck."""
-    results, dtype = [], call.pop("dtype")
-    for seed in range(draws):
-        inputs, cotangents = _inputs(call, Draw(seed, dtype)), []
-        runs = (("cpu", None), ("reference", None), ("reference", torch.float64))
-        results.append([run(attention, leaves(inputs, GRADIENTS, d), cotangents, backend=b) for b, d in runs])
-    return [judge(n, *(torch.stack([r[i][n] for r in results]) for i in range(3))) for n in results[0][0]]
-
-
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(CALLS)
 def test_cpu_is_as_right_as_the_reference_whatever_is_drawn(call):
-    found = _verdicts_together(dict(call))
+    call, dtype = dict(call), call["dtype"]
+    del call["dtype"]
+    draws = [_inputs(call, Draw(seed, dtype)) for seed in range(6)]
+    found = verdicts(attention, draws, GRADIENTS, "cpu")
     assert all(v.ratio <= 1 for v in found), "\n".join(map(str, found))

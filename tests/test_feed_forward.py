@@ -194,5 +194,5 @@ def calls(draw):
 )
 @given(inputs=calls())
 def test_drawn_calls_are_as_right_as_the_reference(inputs):
-    found = verdicts(feed_forward, inputs, NAMES, "cpu")
+    found = verdicts(feed_forward, [inputs], NAMES, "cpu")
     assert all(v.ratio <= 1 for v in found), "\n".join(map(str, found))

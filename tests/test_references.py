@@ -74,5 +74,5 @@ def test_layer_norm_holds_for_any_shape_stride_and_option(shape, cols, offset, o
     inputs |= {k: d.normal(cols) for k in ("weight", "bias") if options[k]}
     if options["residual"]:
         inputs["residual"] = d.normal(*shape, cols)
-    found = verdicts(ops.layer_norm, inputs, cases_of("layer_norm")[1], "cpu")
+    found = verdicts(ops.layer_norm, [inputs], cases_of("layer_norm")[1], "cpu")
     assert all(v.ratio <= 1 for v in found), "\n".join(map(str, found))

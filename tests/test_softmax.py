@@ -111,7 +111,7 @@ def test_a_mask_is_read_in_place_whatever_it_broadcasts_along(kind):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ops.softmax(x, mask=mask, backend="cpu")
     copies = {e.key for e in profile.key_averages()} & {"aten::copy_", "aten::clone", "aten::contiguous"}
-    found = verdicts(ops.softmax, {"x": x, "mask": mask}, ("x",), "cpu")
+    found = verdicts(ops.softmax, [{"x": x, "mask": mask}], ("x",), "cpu")
     assert not copies and all(v.ratio <= 1 for v in found), "\n".join(map(str, found))
 
 
@@ -169,7 +169,7 @@ def test_it_holds_for_any_shape_stride_and_option(
     if mask_dims is not None:
         sizes = [s if keep else 1 for s, keep in zip(shape[::-1], mask_dims, strict=False)]
         inputs["mask"] = d.booleans(*sizes[::-1], p=0.7)
-    found = verdicts(ops.softmax, inputs, ("x",), "cpu")
+    found = verdicts(ops.softmax, [inputs], ("x",), "cpu")
     assert all(v.ratio <= 1 for v in found), "\n".join(map(str, found))
 
 

@@ -95,7 +95,7 @@ def lengths(op: str, lengths, q: Tensor, keys: int) -> Tensor | None:
     if lengths.dim() != 1 or lengths.shape[0] != q.shape[0] or lengths.device != q.device:
         got = _check.got(lengths)
         raise ValueError(f"{op}: kv_lengths must have shape ({q.shape[0]},) on {q.device}, got {got}")
-    if _check.readable(lengths) and bool(((lengths < 0) | (lengths > keys)).any()):
+    if _check.has_values(lengths) and bool(((lengths < 0) | (lengths > keys)).any()):
         raise ValueError(f"{op}: kv_lengths must be in [0, {keys}], got {lengths.tolist()}")
     return lengths
 

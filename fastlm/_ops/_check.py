@@ -106,10 +106,3 @@ def has_values(t: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or t.device.type != "cpu":
         return False
     return type(t) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def readable(t: torch.Tensor) -> bool:
-    """Whether the values in t may be looked at: on a CPU, eagerly, outside torch.func; never a device wait."""
-    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.device.type != "cpu":
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
