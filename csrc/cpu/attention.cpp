@@ -126,16 +126,16 @@ void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range
   const Band band = band_of(a, batch);
   const int64_t kv_head = head / (a.heads / a.kv_heads), count = block.end - block.begin;
   Tiles t(a, round_up(count, 4));
-  load_rows(a.dtype, a.q, batch, head, block, a.dim, a.scale, t.q);
+  load_rows(a.dtype, a.q, batch, head, block, a.dim, t.q);
   std::fill(t.out, t.out + count * t.value_ld, 0.0f);
   std::fill(t.maximum, t.maximum + count, -INFINITY);
   std::fill(t.sum, t.sum + count, 0.0f);
   const Range keys = band.keys_of(block);
   for (int64_t j = round_down(std::max<int64_t>(0, keys.begin), kKeys); j < keys.end; j += kKeys) {
     const Range cols = {j, std::min(band.keys, j + kKeys)};
-    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, 1, t.k);
+    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, t.k);
     transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt, t.key_ld);
-    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, 1, t.v);
+    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
     for (int64_t i = block.begin; i < block.end; i += kRows) {
       forward_rows(a, scores, band, t, block.begin, {i, std::min(block.end, i + kRows)}, cols);
     }

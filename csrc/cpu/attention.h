@@ -47,12 +47,12 @@ inline Band band_of(const AttentionInputs& a, int64_t batch) {
   return {a.queries, keys, a.offset, a.left, a.right};
 }
 
-// Rows [rows.begin, rows.end) of one head as a tile, times `factor`.
+// Rows [rows.begin, rows.end) of one head as a tile.
 inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols,
-                      float factor, float* out) {
+                      float* out) {
   const int64_t start = batch * t.batch + head * t.head + rows.begin * t.seq;
   with_dtype(dtype, [&]<class T>() {
-    load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, factor, out);
+    load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, out);
   });
 }
 
@@ -69,7 +69,8 @@ inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t se
 class Scores {
  public:
   Scores(const AttentionInputs& a, int64_t batch, int64_t head)
-      : softcap_(a.softcap),
+      : scale_(a.scale),
+        softcap_(a.softcap),
         offset_(a.offset),
         slope_(a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_strides[0] + head * a.alibi_strides[1]] : 0),
         bias_(a.bias),
@@ -85,9 +86,12 @@ class Scores {
   bool capped() const { return softcap_ > 0; }
   bool drops() const { return drops_; }
 
-  // Turns s[c] = scale * q_i . k_(j + c), c in [0, n), into scores; `derivative`, unless null, gets the
+  // Turns s[c] = q_i . k_(j + c), c in [0, n), into scores; `derivative`, unless null, gets the
   // softcap's.
   void adjust(int64_t i, int64_t j, int64_t n, float* s, float* derivative) const {
+    const float scale = scale_;  // here and not in q, whose rounding would show in every score
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) s[c] *= scale;
     if (capped()) cap(n, s, derivative);
     if (slope_ != 0) {
       const float slope = slope_, distance = static_cast<float>(i + offset_ - j);
@@ -145,7 +149,7 @@ class Scores {
     }
   }
 
-  float softcap_;
+  float scale_, softcap_;
   int64_t offset_;
   float slope_;
   const void* bias_;

@@ -126,7 +126,7 @@ void softmax_backward(Range whole, float dlse, const float* scales, float* s, fl
   }
 }
 
-// Query i: s = scale * q . k becomes p, dp becomes ds; both are 0 in the columns `all` that it does not keep.
+// Query i: s = q . k becomes p, dp becomes ds; both are 0 in the columns `all` that it does not keep.
 void gradient_row(const Head& h, Tiles& t, int64_t i, Range all, float* s, float* dp) {
   const Range row = h.band.keys_of({i, i + 1});
   const Range kept = row.empty() ? Range{all.begin, all.begin} : Range{row.begin - h.base, row.end - h.base};
@@ -150,7 +150,7 @@ void gradient_row(const Head& h, Tiles& t, int64_t i, Range all, float* s, float
   }
 }
 
-// scale * q . k and dp of a group of queries, r0 the first one's row in the tiles.
+// q . k and dp of a group of queries, r0 the first one's row in the tiles.
 void products(const Head& h, Tiles& t, int64_t r0, int64_t count, Range kept) {
   const AttentionInputs& a = h.f.in;
   const Left q = {t.q + r0 * t.dim_ld, t.dim_ld, 1}, dout = {t.dout + r0 * t.value_ld, t.value_ld, 1};
@@ -201,9 +201,9 @@ void add_all_keys(const Head& h, Tiles& t, Range rows, Range kept) {
 void query_rows(const Head& h, Tiles& t, Range rows) {
   const AttentionInputs& a = h.f.in;
   const int64_t count = rows.end - rows.begin;
-  load_rows(a.dtype, a.q, h.batch, h.head, rows, a.dim, a.scale, t.q);
+  load_rows(a.dtype, a.q, h.batch, h.head, rows, a.dim, t.q);
   if (h.f.dout.data) {
-    load_rows(a.dtype, h.f.dout, h.batch, h.head, rows, a.value_dim, 1, t.dout);
+    load_rows(a.dtype, h.f.dout, h.batch, h.head, rows, a.value_dim, t.dout);
   } else {
     std::fill(t.dout, t.dout + count * t.value_ld, 0.0f);
   }
@@ -235,18 +235,17 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
 void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, Range keys, Tiles& t) {
   for (int64_t j = 0; j < keys.end - keys.begin; j += kKeys) {
     const Range cols = {keys.begin + j, std::min(keys.end, keys.begin + j + kKeys)};
-    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, 1, t.k + j * t.dim_ld);
-    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, 1, t.v);
+    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, t.k + j * t.dim_ld);
+    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
     float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
     transpose_tile(t.k + j * t.dim_ld, cols.end - cols.begin, a.dim, kt, t.key_ld);
     transpose_tile(t.v, cols.end - cols.begin, a.value_dim, vt, t.key_ld);
   }
 }
 
-// dk or dv of some keys: the parts of all chunks, added in their order. q was loaded times scale: dk needs no
-// factor.
+// dk or dv of some keys: the parts of all chunks, added in their order, times `factor`.
 void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Floats Part::* which,
-                int64_t batch, int64_t kv_head, Range keys, int64_t cols, void* out) {
+                int64_t batch, int64_t kv_head, Range keys, int64_t cols, float factor, void* out) {
   const int64_t ld = padded(cols);
   Scratch scratch(kKeys * ld);
   float* tile = scratch.take(kKeys * ld);
@@ -259,15 +258,15 @@ void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Flo
 #pragma omp simd
     for (int64_t c = 0; c < (both.end - both.begin) * ld; ++c) to[c] += from[c];
   }
-  store_rows(a.dtype, tile, a.kv_heads, a.keys, batch, kv_head, keys, cols, 1, out);
+  store_rows(a.dtype, tile, a.kv_heads, a.keys, batch, kv_head, keys, cols, factor, out);
 }
 
 void store_all_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch,
                     int64_t kv_head, int64_t j) {
   const AttentionInputs& a = f.in;
   const Range keys = {j, std::min(a.keys, j + kKeys)};
-  if (f.dk) store_keys(a, parts, chunks, &Part::dk, batch, kv_head, keys, a.dim, f.dk);
-  if (f.dv) store_keys(a, parts, chunks, &Part::dv, batch, kv_head, keys, a.value_dim, f.dv);
+  if (f.dk) store_keys(a, parts, chunks, &Part::dk, batch, kv_head, keys, a.dim, a.scale, f.dk);
+  if (f.dv) store_keys(a, parts, chunks, &Part::dv, batch, kv_head, keys, a.value_dim, 1, f.dv);
 }
 
 Floats zeros(int64_t count) {

@@ -80,13 +80,13 @@ class Scratch {
 
 // out = factor * source as float32; the padding of the rows, and rows up to the next multiple of 4, are zero.
 template <class T>
-void load_tile(const T* source, int64_t stride, int64_t rows, int64_t cols, float factor, float* out) {
+void load_tile(const T* source, int64_t stride, int64_t rows, int64_t cols, float* out) {
   const int64_t ld = padded(cols);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = source + r * stride;
     float* to = out + r * ld;
 #pragma omp simd
-    for (int64_t c = 0; c < cols; ++c) to[c] = to_float(from[c]) * factor;
+    for (int64_t c = 0; c < cols; ++c) to[c] = to_float(from[c]);
     for (int64_t c = cols; c < ld; ++c) to[c] = 0;
   }
   const int64_t rest = round_up(rows, 4) - rows;

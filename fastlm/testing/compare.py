@@ -106,9 +106,9 @@ def verdicts(
 ) -> list[Verdict]:
     """Judges every output and gradient of op(**inputs, backend=backend) by the 2x rule.
 
-    draws: inputs of one shape from several seeds, judged as one sample: of a few numbers alone the reference may be
-    right by luck (over 25 seeds the attention kernel's errors have the reference's size, rms 0.85-1.07 of it, and
-    yet single draws of 20 rows come out at 1.15 of what is allowed).
+    draws: inputs of one shape from several seeds, judged as one sample: of a few numbers alone the reference
+    may be right by luck (over 25 seeds the attention kernel's errors have the reference's size, rms 0.85-1.07
+    of it, and yet a single draw came out at 1.15 of what is allowed).
     """
     results = []
     for inputs in draws:
