@@ -59,7 +59,7 @@ void softmax_row(const Scores& scores, int64_t i, int64_t j, Range kept, float* 
   float added = 0;
 #pragma omp simd reduction(+ : added)
   for (int64_t c = whole.begin; c < whole.end; ++c) {
-    s[c] = exp(s[c] - shift);
+    s[c] = exp_nonpositive(s[c] - shift);
     added += s[c];
   }
   if (top != before) {

@@ -111,7 +111,7 @@ void softmax_backward(Range whole, float dlse, const float* scales, float* s, fl
   float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
   for (int64_t c = whole.begin; c < whole.end; ++c) {
-    const float e = exp(s[c] - shift);
+    const float e = exp_nonpositive(s[c] - shift);
     if constexpr (kDrops) dp[c] *= scales[c];
     s[c] = e;
     sum += e;

@@ -33,7 +33,7 @@ void add_piece(const float* x, int64_t before, int64_t n, RowSums& row) {
 #pragma omp simd reduction(+ : exps, shifted)
   for (int64_t j = 0; j < n; ++j) {
     const float d = x[j] - shift;
-    exps += exp(d);
+    exps += exp_nonpositive(d);
     if constexpr (kShifted) shifted += d;
   }
   row.exps += exps;
@@ -102,7 +102,7 @@ void reduce(const CrossEntropyForward& a) {
 // out = exp(x - maximum) * scale - even; out may be x.
 void gradient_piece(const float* x, int64_t n, float maximum, float scale, float even, float* out) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = exp(x[j] - maximum) * scale - even;
+  for (int64_t j = 0; j < n; ++j) out[j] = exp_nonpositive(x[j] - maximum) * scale - even;
 }
 
 template <class T>

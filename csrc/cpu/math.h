@@ -93,7 +93,8 @@ inline float exp(float x) {
   return select(x < kLow, 0.0f, high);
 }
 
-// exp(x) of x <= 0, or NaN: one factor instead of two and one comparison instead of four.
+// exp(x) of x <= 0 (up to 88, were a rounding to lift it), or NaN: one factor instead of two and one
+// comparison instead of four.
 inline float exp_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;
   constexpr float kLow = -87.33654f;
