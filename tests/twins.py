@@ -1,10 +1,13 @@
-"""A module beside its torch.nn twin: the same weights, and the 2x rule for outputs and gradients."""
+"""A module beside its torch.nn twin: the same weights, masks, and the 2x rule for outputs and gradients."""
 
 import copy
 
 import torch
+from torch import nn
 
 from fastlm.testing.compare import KernelCalls, judge
+
+BATCH, SEQ, HEADS, DIM, HIDDEN = 3, 10, 4, 32, 48
 
 
 def pair(ours, twin, *args, **options):
@@ -41,3 +44,49 @@ def assert_alike(ours, twin, inputs, run=lambda module, *inputs: module(*inputs)
     verdicts = [judge(name, got[name], low[name], ref[name]) for name in got]
     assert all(v.ratio <= 1 for v in verdicts), "\n".join(map(str, verdicts))
     return {name.partition(".")[0] for name in calls.names}
+
+
+def later(size=SEQ):
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
+
+
+def padding():
+    mask = torch.zeros(BATCH, SEQ, dtype=torch.bool)
+    mask[0, -4:] = True
+    mask[1, :2] = True
+    return mask
+
+
+def scattered():
+    return (torch.rand(BATCH * HEADS, SEQ, SEQ) < 0.3) & ~torch.eye(SEQ, dtype=torch.bool)
+
+
+MASKS = {
+    "none": lambda: {},
+    "causal-bool": lambda: {"src_mask": later()},
+    "causal-float": lambda: {"src_mask": nn.Transformer.generate_square_subsequent_mask(SEQ)},
+    "is-causal": lambda: {"src_mask": later(), "is_causal": True},
+    "is-causal-padding": lambda: {
+        "src_mask": later(),
+        "is_causal": True,
+        "src_key_padding_mask": torch.arange(SEQ).expand(BATCH, SEQ) >= 7,
+    },
+    "bool-per-head": lambda: {"src_mask": scattered()},
+    "float": lambda: {"src_mask": torch.randn(SEQ, SEQ)},
+    "float-per-head": lambda: {"src_mask": torch.randn(BATCH * HEADS, SEQ, SEQ)},
+    "padding": lambda: {"src_key_padding_mask": padding()},
+    "padding-float": lambda: {"src_key_padding_mask": torch.randn(BATCH, SEQ)},
+    "padding-and-bool": lambda: {"src_key_padding_mask": padding(), "src_mask": scattered()},
+    "padding-and-float": lambda: {
+        "src_key_padding_mask": torch.randn(BATCH, SEQ),
+        "src_mask": torch.randn(SEQ, SEQ),
+    },
+}
+
+
+def as_given(masks, dtype):
+    return {n: m.to(dtype) if torch.is_tensor(m) and m.is_floating_point() else m for n, m in masks.items()}
+
+
+def sequence(batch_first=True, seq=SEQ, dim=DIM):
+    return torch.randn(*((BATCH, seq) if batch_first else (seq, BATCH)), dim)
