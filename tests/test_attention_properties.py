@@ -168,6 +168,23 @@ def _allocated(call):
     return sorted(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "poisoned", "clean"),
+    [
+        ({"causal": True}, slice(512, 600), slice(0, 200)),
+        ({"window": (16, 0)}, slice(0, 240), slice(400, 600)),
+        ({"causal": "top_left", "window": (None, 16)}, slice(512, 600), slice(0, 200)),
+    ],
+)
+def test_tiles_that_the_band_excludes_are_never_read(options, poisoned, clean):
+    q, k, v = (torch.randn(1, 2, 600, 64) for _ in range(3))
+    k[:, :, poisoned], v[:, :, poisoned] = float("nan"), float("nan")
+    q.requires_grad_()
+    out = attention(q, k, v, **options, backend="cpu")[:, :, clean]
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert out.isfinite().all() and dq[:, :, clean].isfinite().all()
+
+
 def test_slices_of_a_packed_projection_are_read_in_place():
     packed = torch.randn(2, 128, 3, 4, 16)
     q, k, v = packed.transpose(1, 3).unbind(2)
