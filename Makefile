@@ -50,8 +50,8 @@ format: setup
 # The CPU cases under AddressSanitizer and UndefinedBehaviourSanitizer, in a build of their own.
 SANITIZED := build/sanitize/lib
 sanitize: setup
-	@CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
-	  $(PYTHON) setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitize/objects
+	@CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  $(PYTHON) setup.py -q build --build-lib $(SANITIZED)
 	@cp -r tests $(SANITIZED)/
 	@cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \

@@ -22,7 +22,7 @@ class BuildNative(build_ext):
 
             record["torch"] = torch.__version__
             targets = {e.name.rsplit("_", 1)[1]: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
-            toolchain.cpu_libraries(Path(torch.__file__).parent, Path(self.build_temp), targets)
+            toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, targets)
         except Exception as error:  # no compiler, no torch, out of memory
             lines = (getattr(error, "stdout", None) or f"{error}").strip().splitlines()
             reason = next((line for line in lines if "error" in line), lines[-1])[:300]

@@ -1,5 +1,6 @@
 """From csrc to shared libraries: compiler, flags, what is out of date. Used by setup.py and by tests."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -16,13 +17,14 @@ ISA_FLAGS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": _AVX2, "avx512": _AVX512}
 
+_CXXFLAGS = os.environ.get("CXXFLAGS", "")
 _ROOT = Path(__file__).parent
 
 
 def run(arguments: list, target: Path) -> Path:
     """Compiles or links to `target` and returns it; CalledProcessError has the compiler's words in stdout."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [CXX, *COMMON.split(), *os.environ.get("CXXFLAGS", "").split(), *arguments, "-o", target]
+    command = [CXX, *COMMON.split(), *arguments, *_CXXFLAGS.split(), "-o", target]
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return target
 
@@ -34,11 +36,18 @@ def _object(source: Path, target: Path, flags: str) -> Path:
     return run([*flags.split(), "-c", source], target)
 
 
-def cpu_libraries(torch_folder: Path, objects: Path, targets: dict[str, Path]) -> None:
+def _objects_folder(torch_version: str) -> Path:
+    """Where objects of this compiler, these flags and this torch are kept, whoever builds."""
+    key = repr((CXX, COMMON, KERNEL, _CXXFLAGS, torch_version)).encode()
+    return _ROOT.parent / "build" / "objects" / hashlib.sha256(key).hexdigest()[:12]
+
+
+def cpu_libraries(torch_folder: Path, torch_version: str, targets: dict[str, Path]) -> None:
     """Builds one library per instruction set: targets maps a name of ISA_FLAGS to the library's path.
 
     Bindings are compiled once (torch's headers cost 6 s a file), kernels once per instruction set.
     """
+    objects = _objects_folder(torch_version)
     include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
     work = [("bindings", include, f) for f in sorted((_ROOT / "bindings").glob("*.cpp"))]
     for isa in targets:
