@@ -52,10 +52,9 @@ SANITIZED := build/sanitize/lib
 sanitize: setup
 	@CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(PYTHON) setup.py -q build --build-lib $(SANITIZED)
-	@cp -r tests $(SANITIZED)/
 	@cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(CURDIR)/$(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir . -p no:cacheprovider tests/test_ops.py $(ARGS)
+	  $(CURDIR)/$(PYTHON) $(CURDIR)/tests/run_cases.py
 
 clean:
 	@rm -rf $(VENV) build *.egg-info fastlm/*.so fastlm/_build.json

@@ -1,0 +1,27 @@
+"""Runs every CPU kernel on every case, forward and backward: what `make sanitize` watches."""
+
+import torch
+
+import fastlm
+from fastlm import ops
+from fastlm._op import OPS
+from fastlm.testing.cases import Draw, cases_of
+from fastlm.testing.compare import KernelCalls, leaves, run
+
+
+def main() -> None:
+    """Prints how many kernels ran; a sanitizer ends the process at its first finding."""
+    with KernelCalls() as calls:
+        for name in OPS:
+            cases, differentiable = cases_of(name)
+            for case, dtype in ((c, d) for c in cases for d in c.dtypes):
+                inputs = leaves(case.inputs(Draw(0, dtype)), differentiable)
+                if fastlm.explain(name, **inputs).reasons["cpu"] is None:
+                    run(getattr(ops, name), inputs, [], backend="cpu")
+    missed = [n for n in OPS for k in (f"{n}.cpu", f"{n}_backward.cpu") if k not in calls.names]
+    assert not missed, missed
+    print(f"{len(calls.names)} kernels ran on {torch.get_num_threads()} threads, and no sanitizer spoke")
+
+
+if __name__ == "__main__":
+    main()
