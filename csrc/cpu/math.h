@@ -55,12 +55,6 @@ inline Half from_float<Half>(float x) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// The value that dtype T would store.
-template <class T>
-inline float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
 inline float select(bool condition, float yes, float no) { return condition ? yes : no; }
 
 // exp(r), |r| <= ln(2) / 2. Polynomial: Cephes expf (S. Moshier).
