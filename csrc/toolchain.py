@@ -18,22 +18,32 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": _AVX2, "avx512": _AVX512}
 
 _CXXFLAGS = os.environ.get("CXXFLAGS", "")
-_ROOT = Path(__file__).parent
+_ROOT = Path(__file__).resolve().parent
 
 
-def run(arguments: list, target: Path) -> Path:
-    """Compiles or links to `target` and returns it; CalledProcessError has the compiler's words in stdout."""
+def run(arguments: list, target: Path, folder: Path | None = None) -> Path:
+    """Compiles or links, in `folder`, to `target`; CalledProcessError has the compiler's words in stdout."""
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [CXX, *COMMON.split(), *arguments, *_CXXFLAGS.split(), "-o", target]
-    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    )
     return target
 
 
 def _object(source: Path, target: Path, flags: str) -> Path:
-    inputs = [source, Path(__file__), *_ROOT.rglob("*.h")]
-    if target.exists() and target.stat().st_mtime >= max(f.stat().st_mtime for f in inputs):
+    if target.exists() and target.stat().st_mtime >= max(f.stat().st_mtime for f in _inputs(source, target)):
         return target
-    return run([*flags.split(), "-c", source], target)
+    return run([*flags.split(), "-MMD", "-c", source.relative_to(_ROOT)], target, _ROOT)
+
+
+def _inputs(source: Path, target: Path) -> list[Path]:
+    """What an object was made from: the compiler's own list, or all there is where there is none yet."""
+    listed = target.with_suffix(".d")
+    if not listed.exists():
+        return [source, Path(__file__), *_ROOT.rglob("*.h")]
+    files = [_ROOT / word for word in listed.read_text().split(": ", 1)[1].replace("\\\n", " ").split()]
+    return [Path(__file__), *(f for f in files if f.exists())]
 
 
 def _objects_folder(torch_version: str) -> Path:

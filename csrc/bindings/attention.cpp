@@ -1,3 +1,5 @@
+#include "../contract/attention.h"
+
 #include <ATen/ops/zeros.h>
 
 #include "tensors.h"

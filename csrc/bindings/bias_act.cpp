@@ -1,3 +1,5 @@
+#include "../contract/bias_act.h"
+
 #include "tensors.h"
 
 namespace fastlm {

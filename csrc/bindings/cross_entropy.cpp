@@ -1,3 +1,5 @@
+#include "../contract/cross_entropy.h"
+
 #include <string_view>
 
 #include "tensors.h"

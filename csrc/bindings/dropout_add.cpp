@@ -1,3 +1,5 @@
+#include "../contract/dropout_add.h"
+
 #include "tensors.h"
 
 namespace fastlm {

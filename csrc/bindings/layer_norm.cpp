@@ -1,3 +1,5 @@
+#include "../contract/layer_norm.h"
+
 #include "tensors.h"
 
 namespace fastlm {

@@ -1,3 +1,5 @@
+#include "../contract/softmax.h"
+
 #include "tensors.h"
 
 namespace fastlm {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../kernels.h"
+#include "../contract/attention.h"
 #include "philox.h"
 #include "tiles.h"
 

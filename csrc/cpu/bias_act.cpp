@@ -1,10 +1,11 @@
 // bias_act: one pass, bound by memory (floor: forward reads x and writes y, backward reads dy and x and
 // writes dx). A row is worked on in pieces that stay in the first-level cache; backward computes the
 // activation again.
+#include "../contract/bias_act.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "../kernels.h"
 #include "philox.h"
 #include "rows.h"
 

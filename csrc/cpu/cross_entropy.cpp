@@ -2,9 +2,10 @@
 // maximum and its sum of exps join the row's (Milakov, Gimelshein, "Online normalizer calculation for
 // softmax", https://arxiv.org/abs/1805.02867). Backward is one pass. Bound by memory and exp; floor: forward
 // reads logits, backward reads logits and writes dlogits.
+#include "../contract/cross_entropy.h"
+
 #include <cstring>
 
-#include "../kernels.h"
 #include "rows.h"
 
 namespace fastlm {

@@ -1,6 +1,7 @@
 // dropout_add: one pass, bound by memory (floor: read x and residual, write y). A row is worked on in pieces
 // that stay in the first-level cache.
-#include "../kernels.h"
+#include "../contract/dropout_add.h"
+
 #include "philox.h"
 #include "rows.h"
 

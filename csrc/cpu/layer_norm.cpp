@@ -1,11 +1,12 @@
 // layer_norm: a row is brought to float32 once, stays in cache for its two sums (mean, then the squares
 // around it) and is written once. Bound by memory; floor: forward reads x (and residual) and writes y (and
 // h), backward reads dy (and dh) and h and writes dx (and dresidual).
+#include "../contract/layer_norm.h"
+
 #include <cstring>
 #include <memory>
 #include <type_traits>
 
-#include "../kernels.h"
 #include "philox.h"
 #include "rows.h"
 

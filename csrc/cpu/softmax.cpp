@@ -1,10 +1,11 @@
 // softmax: a row is brought to float32 once and stays in cache for its maximum, its sum of exps and the
 // division; a causal row is not read past its diagonal. Bound by memory; floor: forward reads x (and the
 // mask) and writes y, backward reads dy and y and writes dx.
+#include "../contract/softmax.h"
+
 #include <cstring>
 #include <memory>
 
-#include "../kernels.h"
 #include "rows.h"
 
 namespace fastlm {

@@ -1,0 +1,41 @@
+// bias_act: what its kernels compute, and their signatures.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fastlm {
+
+// gelu(z) = z * (1 + erf(z / sqrt(2))) / 2; gelu_tanh(z) = z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715
+// z^3); relu(z) = max(z, 0), NaN for NaN; silu(z) = z * sigmoid(z).
+enum class Activation : int32_t { kGelu, kGeluTanh, kRelu, kSilu };
+
+// y = dropout(act(x + bias)).
+struct BiasAct {
+  DType dtype;
+  Activation activation;
+  int64_t rows, cols;
+  const void* x;
+  int64_t x_stride;
+  const float* bias;  // [cols], or null
+  Dropout dropout;
+  void* y;  // [rows, cols], contiguous
+};
+void bias_act(const Context& context, const BiasAct& a);
+
+// dx = act'(x + bias) * dropout's mask and scale applied to dy; dbias = sum(dx) over rows, before dx is
+// rounded. `partial` is scratch of row_blocks(rows) * cols floats, needed with dbias: rows are cut by
+// shape alone.
+struct BiasActBackward {
+  DType dtype;
+  Activation activation;
+  int64_t rows, cols;
+  const void *dy, *x;
+  int64_t dy_stride, x_stride;
+  const float* bias;  // [cols], or null
+  Dropout dropout;
+  void* dx;  // [rows, cols], contiguous
+  float *dbias, *partial;
+};
+void bias_act_backward(const Context& context, const BiasActBackward& a);
+
+}  // namespace fastlm
