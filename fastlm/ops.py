@@ -1,11 +1,12 @@
 """The public functions, one per op; each also takes `backend=`."""
 
+from ._ops._norms import NormOutput
 from ._ops.attention import AttentionOutput, attention
 from ._ops.bias_act import bias_act
 from ._ops.cross_entropy import cross_entropy
 from ._ops.dropout_add import dropout_add
 from ._ops.feed_forward import feed_forward
-from ._ops.layer_norm import NormOutput, layer_norm
+from ._ops.layer_norm import layer_norm
 from ._ops.softmax import softmax
 
 __all__ = [

@@ -1,17 +1,10 @@
 #include "../contract/bias_act.h"
 
+#include "activation.h"
 #include "tensors.h"
 
 namespace fastlm {
 namespace {
-
-Activation activation_of(c10::string_view name) {
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "relu") return Activation::kRelu;
-  TORCH_CHECK_VALUE(name == "silu", "fastlm: no kernel has the activation ", name);
-  return Activation::kSilu;
-}
 
 Tensor bias_of(const OptionalTensor& bias) {
   return given(bias) ? bias->to(at::kFloat).contiguous() : Tensor();

@@ -5,18 +5,11 @@
 
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
-#include "philox.h"
-#include "rows.h"
+#include "norms.h"
 
 namespace fastlm {
 namespace {
-
-template <class T>
-const T* row_of(const void* base, int64_t stride, int64_t row) {
-  return base ? static_cast<const T*>(base) + row * stride : nullptr;
-}
 
 struct Statistics {
   float mean, rstd;
@@ -40,31 +33,6 @@ Statistics statistics(const float* h, int64_t cols, float eps) {
   return {mean + correction, 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps)};
 }
 
-// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`.
-template <class T>
-const float* normed_row(const LayerNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
-  const T* x = row_of<T>(a.x, a.x_stride, row);
-  const T* residual = row_of<T>(a.residual, a.residual_stride, row);
-  if constexpr (std::is_same_v<T, float>) {
-    if (!a.h) return x;
-  }
-  load_row(x, a.cols, buffer);
-  if (a.dropout.p > 0) scale.apply(row, 0, a.cols, buffer);
-  if (residual) {
-#pragma omp simd
-    for (int64_t j = 0; j < a.cols; ++j) buffer[j] += to_float(residual[j]);
-  }
-  if (a.h) {
-    T* h = static_cast<T*>(a.h) + row * a.cols;
-#pragma omp simd
-    for (int64_t j = 0; j < a.cols; ++j) {
-      h[j] = from_float<T>(buffer[j]);
-      buffer[j] = to_float(h[j]);
-    }
-  }
-  return buffer;
-}
-
 template <class T>
 void normalise_row(const float* h, Statistics s, const float* weight, const float* bias, int64_t cols, T* y) {
 #pragma omp simd
@@ -79,7 +47,6 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
                   float* sums) {
   const int64_t cols = a.cols;
   const T* dy = row_of<T>(a.dy, a.dy_stride, row);
-  const T* dh = row_of<T>(a.dh, a.dh_stride, row);
   const T* h = row_of<T>(a.h, a.h_stride, row);
   const float* weight = a.weight;
   const float mean = a.mean[row], rstd = a.rstd[row];
@@ -102,8 +69,6 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
   }
   if (!a.dx && !a.dresidual) return;
   const float g_mean = g_sum / static_cast<float>(cols), gn_mean = gn_sum / static_cast<float>(cols);
-  T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
-  T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
   if (dy) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
@@ -113,14 +78,7 @@ void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t
   } else {
     std::memset(buffer, 0, static_cast<size_t>(cols) * sizeof(float));
   }
-  if (dh) {
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) buffer[j] += to_float(dh[j]);
-  }
-  if (dresidual) store_row(buffer, cols, dresidual);
-  if (!dx) return;
-  if (a.dropout.p > 0) scale.apply(row, 0, cols, buffer);
-  store_row(buffer, cols, dx);
+  store_gradients<T>(a, scale, row, buffer);
 }
 
 }  // namespace

@@ -3,59 +3,38 @@
 h = dropout(x) + residual. Source: Ba, Kiros, Hinton, "Layer Normalization", https://arxiv.org/abs/1607.06450.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._op import Op
-from .._philox import row_scales
-from . import _check
+from ._norms import NormOutput, contiguous, normed, shared_gradients
+from ._norms import check as check_norm
 
 
 def reference(x, weight, bias, eps, residual, dropout_p, seed):
     """(y, h) in plain PyTorch; half precision is computed in float32, h and y are rounded once each."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    h = x.to(wide)
-    if dropout_p > 0:
-        h = h * row_scales(seed, x.shape, dropout_p, wide)
-    if residual is not None:
-        h = h + residual.to(wide)
-    h = h.to(x.dtype)
-    n = h.to(wide)
+    h, n = normed(x, residual, dropout_p, seed)
     n = n - n.mean(-1, keepdim=True)
     y = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        y = y * weight.to(wide)
+        y = y * weight.to(n.dtype)
     if bias is not None:
-        y = y + bias.to(wide)
+        y = y + bias.to(n.dtype)
     return y.to(x.dtype), h
 
 
 def check(x, weight, bias, eps, residual, dropout_p, seed):
     """The forward schema's arguments; raises TypeError or ValueError."""
-    op = "layer_norm"
-    _check.floating(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x must have a last axis of at least one element, got {_check.got(x)}")
-    _check.parameter(op, "weight", weight, x.shape[-1], x)
-    _check.parameter(op, "bias", bias, x.shape[-1], x)
-    if residual is not None:
-        _check.like(op, "residual", residual, x, "x")
-    eps = _check.number(op, "eps", eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
-    p = _check.probability(op, dropout_p)
-    return x, weight, bias, eps, residual, p, _check.dropout_seed(op, p, seed, x)
-
-
-def _contiguous(x, wanted=True):
-    return x.new_empty(x.shape if wanted else (0,))
+    parameters = {"weight": weight, "bias": bias}
+    eps, p, seed = check_norm("layer_norm", x, parameters, eps, residual, dropout_p, seed)
+    return x, weight, bias, eps, residual, p, seed
 
 
 def _fake_forward(x, weight, bias, eps, residual, dropout_p, seed):
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return _contiguous(x), _contiguous(x, residual is not None or dropout_p > 0), mean, torch.empty_like(mean)
+    return contiguous(x), contiguous(x, residual is not None or dropout_p > 0), mean, torch.empty_like(mean)
 
 
 def _fake_backward(dy, dh, x, h, weight, bias, mean, rstd, dropout_p, seed, needs):
@@ -63,12 +42,8 @@ def _fake_backward(dy, dh, x, h, weight, bias, mean, rstd, dropout_p, seed, need
         x.new_empty((x.shape[-1] if need else 0,), dtype=torch.float32 if p is None else p.dtype)
         for p, need in ((weight, needs[1]), (bias, needs[2]))
     )
-    dx = _contiguous(x, needs[0] or (needs[3] and dropout_p == 0))
-    return dx, dweight, dbias, _contiguous(x, needs[3] and dropout_p > 0)
-
-
-def _shared_gradients(args, output_gradients, gradients):
-    return {"residual": gradients[0]} if args[5] == 0 else {}  # without dropout dresidual is dx
+    dx = contiguous(x, needs[0] or (needs[3] and dropout_p == 0))
+    return dx, dweight, dbias, contiguous(x, needs[3] and dropout_p > 0)
 
 
 OP = Op(
@@ -87,15 +62,8 @@ OP = Op(
         _fake_backward,
     ),
     backends={"cpu": None},
-    shared_gradients=_shared_gradients,
+    shared_gradients=shared_gradients,
 )
-
-
-class NormOutput(NamedTuple):
-    """What a norm with a residual returns: y, and h = dropout(x) + residual, the next residual."""
-
-    y: Tensor
-    h: Tensor
 
 
 def layer_norm(
