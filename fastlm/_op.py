@@ -88,6 +88,7 @@ class Op:
         schema = next(iter(self.forward.values()))._schema
         self.arguments = [a.name for a in schema.arguments]
         self.outputs = [r.name for r in schema.returns]
+        self.written = [a.name for a in schema.arguments if a.is_write]  # arguments that the op writes into
         self._wire(next(iter(self.backward.values()))._schema if backward else None)
         for backend in self.backward:
             self._functions[backend] = _autograd_function(self, backend)

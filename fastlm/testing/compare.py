@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._op import OPS
+
 
 class KernelCalls(TorchDispatchMode):
     """Records the names of the fastlm:: kernels that run inside it, such as "layer_norm.cpu"."""
@@ -35,7 +37,9 @@ class Verdict(NamedTuple):
     @property
     def ratio(self) -> float:
         """Error over allowed error."""
-        return self.error / self.allowed if self.allowed > 0 else float(self.error > 0)
+        if self.allowed > 0:
+            return self.error / self.allowed
+        return float("inf") if self.error > 0 else 0.0
 
     def __str__(self) -> str:
         return f"{self.name}: error {self.error:.3e}, allowed {self.allowed:.3e} ({self.ratio:.2f})"
@@ -49,7 +53,8 @@ def judge(name: str, got: Tensor, low: Tensor, ref: Tensor) -> Verdict:
     """Judges `got` by the 2x rule; NaN and infinities must stand where the reference has them.
 
     got: what the kernel computed. low: the reference in got's dtype. ref: the reference in float64.
-    All have one shape. Returns: Verdict; its ratio is at most 1 if the rule holds.
+    All have one shape. Integers (a quantised cache) must equal the reference's in got's dtype.
+    Returns: Verdict; its ratio is at most 1 if the rule holds.
     """
     if got.shape != ref.shape:
         return Verdict(f"{name} has shape {tuple(got.shape)}, not {tuple(ref.shape)}", float("inf"), 1.0)
@@ -57,6 +62,8 @@ def judge(name: str, got: Tensor, low: Tensor, ref: Tensor) -> Verdict:
         return Verdict(f"{name} is {got.dtype}, not {low.dtype}", float("inf"), 1.0)
     if got.numel() == 0:
         return Verdict(name, 0.0, 1.0)
+    if not got.is_floating_point():
+        return Verdict(name, (got.double() - low.double()).abs().max().item(), 0.0)
     precision = torch.finfo(got.dtype).eps
     g, lo, r = (t.detach().to("cpu", torch.float64) for t in (got, low, ref))
     if not torch.equal(_infinite(g), _infinite(lo)):
@@ -78,13 +85,28 @@ def leaves(inputs: dict, differentiable: tuple[str, ...], dtype: torch.dtype | N
     return made
 
 
+def outputs_of(op: Callable, inputs: dict, **options) -> tuple[Tensor, ...]:
+    """What op(**inputs) gives; of an op that writes into its arguments, copies of them written to."""
+    declared = OPS.get(getattr(op, "__name__", ""))
+    names = [n for n in (declared.written if declared else ()) if inputs.get(n) is not None]
+    written = {n: _copy(inputs[n]) for n in names}
+    result = op(**inputs | written, **options)
+    if result is None:
+        return tuple(written.values())
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _copy(t: Tensor) -> Tensor:
+    """A copy with t's strides, gaps and all."""
+    return t.new_empty_strided(t.shape, t.stride()).copy_(t)
+
+
 def run(op: Callable, inputs: dict, cotangents: list[Tensor] | None = None, **options) -> dict[str, Tensor]:
     """Runs a public function forward and backward; returns its outputs and gradients by name.
 
     cotangents: one per output, filled with random ones of the outputs' shapes if it comes empty.
     """
-    result = op(**inputs, **options)
-    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+    outputs = outputs_of(op, inputs, **options)
     named = {f"output {i}": o for i, o in enumerate(outputs)}
     wanted = [t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
     differentiable = [o for o in outputs if o.requires_grad]
