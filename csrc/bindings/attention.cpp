@@ -17,8 +17,8 @@ Heads heads_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.str
 
 // A new tensor that is contiguous as [batch, seq, heads, dim], seen as [batch, heads, seq, dim].
 Tensor heads_output(at::IntArrayRef sizes, const Tensor& like, bool wanted = true) {
-  if (!wanted) return at::empty({0}, like.options());
-  return at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, like.options()).transpose(1, 2);
+  if (!wanted) return new_tensor({0}, like.scalar_type());
+  return new_tensor({sizes[0], sizes[2], sizes[1], sizes[3]}, like.scalar_type()).transpose(1, 2);
 }
 
 // The strides of t along sizes that it is broadcast to.
@@ -122,7 +122,7 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
                          .dbias_strides = {}};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);
-  return {dq, dk, dv, wanted ? dbias.to(bias->scalar_type()) : at::empty({0}, q.options())};
+  return {dq, dk, dv, wanted ? dbias.to(bias->scalar_type()) : new_tensor({0}, q.scalar_type())};
 }
 
 }  // namespace

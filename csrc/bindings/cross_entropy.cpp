@@ -28,9 +28,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
                                                    double z_loss, std::string_view reduction) {
   const Rows in = rows_of(logits);
   const Tensor targets = target.contiguous();
-  const Tensor maximum = float_output(target.sizes(), logits), exp_sum = at::empty_like(maximum);
-  const Tensor row_loss = at::empty_like(maximum), count = at::empty({}, target.options());
-  const Tensor loss = at::empty(reduction == "none" ? target.sizes() : at::IntArrayRef{}, logits.options());
+  const Tensor maximum = float_output(target.sizes(), logits), exp_sum = float_output(target.sizes(), logits);
+  const Tensor row_loss = float_output(target.sizes(), logits), count = new_tensor({}, at::kLong);
+  const Tensor loss =
+      new_tensor(reduction == "none" ? target.sizes() : at::IntArrayRef{}, logits.scalar_type());
   cross_entropy_forward(context_of(logits),
                         {.in = input(in, targets, ignore_index, label_smoothing, z_loss, reduction),
                          .loss = loss.mutable_data_ptr(),

@@ -12,7 +12,8 @@ Four forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   const Rows in = rows_of(x), add = rows_of(residual);
   const Tensor w = parameter(weight, in.cols, x, 1), b = parameter(bias, in.cols, x, 0);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
-  const Tensor mean = float_output(x.sizes().slice(0, x.dim() - 1), x), rstd = at::empty_like(mean);
+  const at::IntArrayRef rows = x.sizes().slice(0, x.dim() - 1);
+  const Tensor mean = float_output(rows, x), rstd = float_output(rows, x);
   layer_norm_forward(context_of(x), {.dtype = dtype_of(x),
                                      .rows = in.rows,
                                      .cols = in.cols,
