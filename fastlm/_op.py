@@ -155,7 +155,7 @@ class Op:
             return self._functions[chosen].apply(*args)[: self.public]
         raw = self.forward[chosen]
         outputs = raw(*args) if is_compiling() else raw._op(*args)  # without a call of Python's
-        return outputs[: self.public] if self.returns_tuple else (outputs,)
+        return outputs[: self.public] if self.returns_tuple else (outputs,)[: self.public]
 
     def run_reference(self, args: Sequence) -> tuple:
         """The reference on the forward schema's arguments, outside autocast: the public function has cast."""

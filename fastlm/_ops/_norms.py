@@ -31,10 +31,12 @@ def normed(x, residual, dropout_p, seed):
 def check(op, x, parameters, eps, residual, dropout_p, seed):
     """(eps, dropout_p, seed) as the schemas take them; raises TypeError or ValueError."""
     _check.floating(op, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    cols = x.shape[-1] if x.dim() else 0
+    if cols == 0:
         raise ValueError(f"{op}: x must have a last axis of at least one element, got {_check.got(x)}")
     for name, parameter in parameters.items():
-        _check.parameter(op, name, parameter, x.shape[-1], x)
+        if parameter is not None:
+            _check.parameter(op, name, parameter, cols, x)
     if residual is not None:
         _check.like(op, "residual", residual, x, "x")
     eps = _check.number(op, "eps", eps)
