@@ -13,10 +13,11 @@ from rich.table import Table
 
 import fastlm
 
-from .. import _load, ops
+from .. import _load, cpu, ops
 from .._op import BACKENDS, OPS
 from ..testing.cases import Case, Draw, cases_of
 from ..testing.compare import verdicts
+from . import doctor_memory
 
 LIMIT_S = 10.0  # of the self-test: checks that do not fit are counted as not done
 
@@ -34,8 +35,9 @@ def examine(limit_s: float = LIMIT_S) -> dict:
         "compilers": {"g++": _first_line("g++", "--version"), "nvcc": _last_line("nvcc", "--version")},
         "cuda": _cuda(),
         "triton": _triton(),
-        "instruction_set": _load.ISA,
-        "threads": torch.get_num_threads(),
+        "instruction_set": cpu.instruction_set(),
+        "threads": cpu.threads(),
+        "reuse_memory": {"here": cpu.memory_statistics()._asdict(), "measured": doctor_memory.gain()},
         "libraries": {name: reason or "loaded" for name, reason in _load.MISSING.items()},
         "kernels": {op: {b: why_not(op, b) for b in BACKENDS} for op in sorted(OPS)},
         "self_test": self_test(limit_s),
@@ -138,11 +140,24 @@ def _machine_table(found: dict) -> Table:
     table = Table(show_header=False, box=None)
     for key in ("fastlm", "python", "machine", "torch", "cuda", "triton", "instruction_set", "threads"):
         table.add_row(key.replace("_", " "), str(found[key] or "none"))
+    table.add_row("reuse_memory()", _reuse_words(**found["reuse_memory"]))
     for key, value in found["compilers"].items():
         table.add_row(key, value or "none")
     for key, value in found["libraries"].items():
         table.add_row(f"{key} kernels", value)
     return table
+
+
+def _reuse_words(here: dict, measured: dict) -> str:
+    """What reuse_memory() did in this process, and what it does in one of its own."""
+    words = "off"
+    if here["on"]:
+        reused = f"{here['hits']} of {here['hits'] + here['misses']} large tensors from memory used before"
+        words = f"on: {reused}, {here['idle'] >> 20} of at most {here['limit'] >> 20} MB idle"
+    if "failed" in measured:
+        return f"{words}; not measured: {measured['failed']}"
+    ms = measured["relu_32_mb_ms"]
+    return f"{words}; relu on 32 MB here: {ms['default']} ms without, {ms['reused']} ms with it"
 
 
 def _kernel_table(kernels: dict) -> tuple[Table, list[str]]:
