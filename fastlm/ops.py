@@ -7,6 +7,7 @@ from ._ops.cross_entropy import cross_entropy
 from ._ops.dropout_add import dropout_add
 from ._ops.feed_forward import feed_forward
 from ._ops.layer_norm import layer_norm
+from ._ops.rms_norm import rms_norm
 from ._ops.softmax import softmax
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "dropout_add",
     "feed_forward",
     "layer_norm",
+    "rms_norm",
     "softmax",
 ]
