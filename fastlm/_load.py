@@ -51,3 +51,4 @@ def _load_all() -> dict[str, str | None]:
 
 ISA: str = _ISA.get(torch.backends.cpu.get_cpu_capability(), "default")
 MISSING: dict[str, str | None] = _load_all()  # backend -> None if it is loaded, else the reason
+AUTOGRAD = MISSING["cpu"] is None  # the kernels' autograd node is in the same library

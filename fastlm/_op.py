@@ -62,8 +62,8 @@ class Op:
     forward, backward: (schema without a name, fake implementation); backward may be None.
     backends: name -> None, or a function of the forward arguments that returns a reason to refuse, or None.
     body: for an op that contains a matmul: (forward, backward) in Python, called with the backend first.
-    shared_gradients: f(args, output gradients, what the backward kernel returned) -> {argument: gradient},
-        for gradients equal to another: a functional op may not return one tensor twice.
+    shared_gradients: {argument: "d<another>" or "d<output>"}: a gradient equal to another, where the backward
+        kernel returns none or an empty one: a functional op may not return one tensor twice.
     """
 
     def __init__(
@@ -76,13 +76,11 @@ class Op:
         backward: tuple[str, Callable] | None = None,
         backends: dict[str, Callable | None],
         body: tuple[Callable, Callable | None] | None = None,
-        shared_gradients: Callable | None = None,
+        shared_gradients: dict[str, str] | None = None,
     ):
         self.name, self.reference, self.check, self.backends = name, reference, check, backends
-        self.shared_gradients = shared_gradients
         self.forward: dict[str, Callable] = {}
         self.backward: dict[str, Callable] = {}
-        self._functions: dict[str, type[torch.autograd.Function]] = {}
         for backend in backends:
             bodies = body or (None, None)
             self.forward[backend] = _declare(name, backend, forward, bodies[0])
@@ -94,8 +92,8 @@ class Op:
         self.written = [a.name for a in schema.arguments if a.is_write]  # arguments that the op writes into
         self.returns_tuple = len(self.outputs) > 1
         self._wire(next(iter(self.backward.values()))._schema if backward else None)
-        for backend in self.backward:
-            self._functions[backend] = _autograd_function(self, backend)
+        if backward and _load.AUTOGRAD:
+            self._register_autograd(forward[0], shared_gradients or {})
         OPS[name] = self
 
     def _wire(self, schema) -> None:
@@ -151,8 +149,6 @@ class Op:
         chosen = self.choose(backend, args)
         if chosen == "reference":
             return self.run_reference(args)
-        if torch.is_grad_enabled() and chosen in self._functions and _any_requires_grad(args):
-            return self._functions[chosen].apply(*args)[: self.public]
         raw = self.forward[chosen]
         outputs = raw(*args) if is_compiling() else raw._op(*args)  # without a call of Python's
         return outputs[: self.public] if self.returns_tuple else (outputs,)[: self.public]
@@ -161,33 +157,40 @@ class Op:
         """The reference on the forward schema's arguments, outside autocast: the public function has cast."""
         return _as_tuple(_outside_autocast(self.reference, args))
 
-    def reference_gradients(self, args: Sequence, output_gradients: Sequence, needs: Sequence[bool]) -> list:
-        """Gradients through the reference, themselves differentiable: what double backward runs on."""
+    def reference_gradients(self, *values) -> list[torch.Tensor]:
+        """Gradients through the reference, themselves differentiable: what double backward runs on.
+
+        values: the forward schema's arguments, the output gradients (None: not wanted), and a bool per
+        argument. Returns: a gradient for each argument whose bool is true.
+        """
+        *args, output_gradients, needs = values
         aliases = [a.view_as(a) if n else a for a, n in zip(args, needs, strict=True)]
         outputs = self.run_reference(aliases)
         pairs = [(o, g) for o, g in zip(outputs, output_gradients, strict=True) if g is not None]
         inputs = [a for a, n in zip(aliases, needs, strict=True) if n]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
+        differentiated, grads = [o for o, _ in pairs], [g for _, g in pairs]
+        return list(
+            torch.autograd.grad(differentiated, inputs, grads, create_graph=True, materialize_grads=True)
         )
-        return [next(found) if n else None for n in needs]
 
-    def gradients(self, backend: str, args: Sequence, saved: dict, grads: Sequence, needs: Sequence) -> list:
-        """Calls the backward kernel with what its schema names; one gradient, or None, per argument."""
-        known = [*grads, *args, *(saved.get(i) for i in range(len(self.outputs)))]
-        wanted = [needs[i] for i in self.wanted]
-        values = [wanted if s == -1 else known[s] for s in self.sources]
-        given = _as_tuple(self.backward[backend](*values))
-        found = [
-            given[g] if n and g is not None else None for g, n in zip(self.gradient_of, needs, strict=True)
-        ]
-        if self.shared_gradients is not None:
-            for name, gradient in self.shared_gradients(args, grads, given).items():
-                i = self.arguments.index(name)
-                found[i] = gradient if needs[i] else None
-        return found
+    def _register_autograd(self, forward_schema: str, shared: dict[str, str]) -> None:
+        """Gives the kernels their node, csrc/bindings/autograd.cpp, wired by the schemas' names."""
+        arguments, name = forward_schema[1 : forward_schema.index(") ->")], f"{self.name}_reference_gradients"
+        _LIBRARY.define(f"{name}({arguments}, Tensor?[] output_gradients, bool[] needs) -> Tensor[]")
+        _LIBRARY.impl(name, self.reference_gradients, "CompositeImplicitAutograd")
+        instead = {a: shared.get(a) for a in self.arguments}
+        codes = [-1 if g is None else self._gradient_code(g) for g in instead.values()]
+        gradient_of = [-1 if g is None else g for g in self.gradient_of]
+        for backend in self.backward:
+            names = (f"{self.name}.{backend}", f"{self.name}_backward.{backend}", name)
+            wiring = (self.public, self.saved_outputs, self.sources, self.wanted, gradient_of, codes)
+            torch.ops.fastlm.register_autograd(*names, *wiring)
+
+    def _gradient_code(self, gradient: str) -> int:
+        """Which result of the backward kernel a gradient is, or -2 - i for that of output i."""
+        if gradient in self.gradient_names:
+            return -2 - self.gradient_names.index(gradient)
+        return self.gradient_of[self.arguments.index(gradient[1:])]
 
 
 def _as_tuple(value) -> tuple:
@@ -202,13 +205,6 @@ def _outside_autocast(function: Callable, args: Sequence):
     return function(*args)
 
 
-def _any_requires_grad(args: Sequence) -> bool:
-    for a in args:
-        if isinstance(a, torch.Tensor) and a.requires_grad:
-            return True
-    return False
-
-
 def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], body: Callable | None):
     schema, fake = schema_and_fake
     _LIBRARY.define(f"{name}.{backend}{schema}")
@@ -217,35 +213,3 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], bod
         run = partial(body, backend)
         _LIBRARY.impl(f"{name}.{backend}", lambda *args: _outside_autocast(run, args), _KEYS[backend])
     return getattr(getattr(torch.ops.fastlm, name), backend)
-
-
-def _autograd_function(op: Op, backend: str) -> type[torch.autograd.Function]:
-    """The autograd side of one kernel. It keeps the kernel: backward may run on another thread."""
-    raw, public = op.forward[backend], op.public
-
-    class Kernel(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            outputs = _as_tuple(raw(*args))
-            ctx.is_tensor = [isinstance(a, torch.Tensor) for a in args]
-            ctx.constants = [None if t else a for a, t in zip(args, ctx.is_tensor, strict=True)]
-            tensors = [a for a, t in zip(args, ctx.is_tensor, strict=True) if t]
-            ctx.save_for_backward(*tensors, *(outputs[i] for i in op.saved_outputs))
-            ctx.mark_non_differentiable(*outputs[public:])
-            ctx.set_materialize_grads(False)
-            return outputs
-
-        @staticmethod
-        def backward(ctx, *grads):
-            grads, needs = grads[:public], ctx.needs_input_grad
-            if all(g is None for g in grads):
-                return tuple(None for _ in needs)
-            kept = iter(ctx.saved_tensors)  # read once: checkpointing recomputes at the first look
-            args = [next(kept) if t else c for t, c in zip(ctx.is_tensor, ctx.constants, strict=True)]
-            if torch.is_grad_enabled() and not is_compiling():
-                return tuple(op.reference_gradients(args, grads, needs))
-            saved = dict(zip(op.saved_outputs, kept, strict=True))
-            return tuple(op.gradients(backend, args, saved, grads, needs))
-
-    Kernel.__name__ = Kernel.__qualname__ = f"{op.name}_{backend}"
-    return Kernel

@@ -96,6 +96,22 @@ def second_derivatives(public, inputs, backend):
     return torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)
 
 
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].backward])
+def test_backward_refuses_what_torch_refuses(name):
+    inputs = leaves(cases_of(name)[0][1].inputs(Draw(0, torch.float32)), cases_of(name)[1])
+    first = next(iter(inputs))
+    changed = inputs | {first: inputs[first] * 1}
+    output = tensors_of(run(getattr(ops, name), changed).values())[0].sum()
+    output.backward(retain_graph=True)
+    output.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.backward()
+    output = tensors_of(run(getattr(ops, name), changed).values())[0].sum()
+    changed[first].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
 @pytest.mark.parametrize("name", [n for n in OPS if "dropout_p" in OPS[n].arguments])
 def test_activation_checkpointing_repeats_the_dropout_mask(name):
     inputs = leaves(cases_of(name)[0][1].inputs(Draw(0, torch.float32)), cases_of(name)[1])
