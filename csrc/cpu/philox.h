@@ -1,10 +1,11 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), many counters at
-// a time. floor: about 1 G numbers/s on two threads in plain loops, 2 G/s with _mm512_mul_epu32.
+// a time. floor: about 1 G numbers/s on two threads in plain loops, 2 G/s with the hardware's 32 x 32 -> 64
+// bit multiplication of every second word.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -55,6 +56,45 @@ inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint3
   _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(low01, low23, 0xDD));
   _mm512_storeu_si512(out + 32, _mm512_shuffle_i32x4(high01, high23, 0x88));
   _mm512_storeu_si512(out + 48, _mm512_shuffle_i32x4(high01, high23, 0xDD));
+}
+#elif defined(__AVX2__)
+// A word in each 64 bits: a product is then the low word as it stands and the high word after one shift; what
+// lies in the upper halves is never read. Two groups of four counters go side by side: one alone waits for
+// its own multiplications, four do not fit into the registers.
+inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* out) {
+  constexpr int kGroups = 2;
+  const __m256i a = _mm256_set1_epi64x(kPhiloxA), b = _mm256_set1_epi64x(kPhiloxB);
+  const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);  // in which the stores below read the counters
+  for (uint32_t begin = 0; begin < kPhiloxCounters; begin += 4 * kGroups) {
+    __m256i x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t counter = first + begin + 4 * static_cast<uint32_t>(g);
+      x0[g] = _mm256_add_epi64(_mm256_set1_epi64x(counter), order);
+      x1[g] = _mm256_set1_epi64x(c1);
+      x2[g] = _mm256_set1_epi64x(c2);
+      x3[g] = _mm256_set1_epi64x(c3);
+    }
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round, k0 += kWeylA, k1 += kWeylB) {
+      for (int g = 0; g < kGroups; ++g) {
+        const __m256i product0 = _mm256_mul_epu32(x0[g], a), product2 = _mm256_mul_epu32(x2[g], b);
+        __m256i keyed1 = x1[g] ^ _mm256_set1_epi64x(k0), keyed3 = x3[g] ^ _mm256_set1_epi64x(k1);
+        asm("" : "+x"(keyed1), "+x"(keyed3));  // or GCC adds the key last, where all wait for it
+        x0[g] = _mm256_srli_epi64(product2, 32) ^ keyed1;
+        x2[g] = _mm256_srli_epi64(product0, 32) ^ keyed3;
+        x1[g] = product2;
+        x3[g] = product0;
+      }
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      const __m256i low = _mm256_blend_epi32(x0[g], _mm256_slli_epi64(x1[g], 32), 0xAA);
+      const __m256i high = _mm256_blend_epi32(x2[g], _mm256_slli_epi64(x3[g], 32), 0xAA);
+      __m256i* const to = reinterpret_cast<__m256i*>(out + 4 * begin + 16 * g);
+      _mm256_storeu_si256(to, _mm256_unpacklo_epi64(low, high));
+      _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(low, high));
+    }
+  }
 }
 #else
 inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* out) {
