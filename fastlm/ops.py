@@ -3,6 +3,7 @@
 from ._ops._norms import NormOutput
 from ._ops.append_kv import append_kv
 from ._ops.attention import AttentionOutput, attention
+from ._ops.attention_varlen import attention_varlen
 from ._ops.bias_act import bias_act
 from ._ops.cross_entropy import cross_entropy
 from ._ops.decode_attention import decode_attention
@@ -17,6 +18,7 @@ __all__ = [
     "NormOutput",
     "append_kv",
     "attention",
+    "attention_varlen",
     "bias_act",
     "cross_entropy",
     "decode_attention",

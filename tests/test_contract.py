@@ -13,6 +13,7 @@ from fastlm.testing.cases import Draw, cases_of
 from fastlm.testing.compare import KernelCalls, judge, leaves, outputs_of, run
 
 CASES = [pytest.param(n, c, id=f"{n}-{c.name}") for n in OPS for c in cases_of(n)[0] if c.name != "nan"]
+MATMULS = ("attention", "attention_varlen", "feed_forward")  # contain a matrix product
 SMALL = [
     pytest.param(n, c, id=f"{n}-{c.name}")
     for n in OPS
@@ -40,6 +41,17 @@ def compiled_equals_eager(name, case, backend):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_torch_compile_traces_it_whole(name, case):
     compiled_equals_eager(name, case, "aot_eager")
+
+
+def test_torch_compile_takes_one_tensor_as_several_arguments():
+    x = Draw(0, torch.float32).normal(1, 2, 5, 8).requires_grad_()
+
+    def call(x):
+        return ops.attention(x.detach(), x, x)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager, got = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (call, compiled))
+    assert torch.equal(eager, got)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -204,5 +216,5 @@ def test_autocast_runs_the_kernel_and_casts_only_what_contains_a_matmul(name):
     inputs = cases_of(name)[0][1].inputs(Draw(0, torch.float32))
     with torch.autocast("cpu", torch.bfloat16), KernelCalls() as calls:
         first = outputs_of(getattr(ops, name), inputs)[0]
-    assert first.dtype == (torch.bfloat16 if name in ("attention", "feed_forward") else torch.float32)
+    assert first.dtype == (torch.bfloat16 if name in MATMULS else torch.float32)
     assert f"{name}.cpu" in calls.names

@@ -1,8 +1,4 @@
-#include "../contract/attention.h"
-
-#include <ATen/ops/zeros.h>
-
-#include "tensors.h"
+#include "attention.h"
 
 namespace fastlm {
 namespace {
@@ -10,80 +6,10 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Read in place where the last dimension is contiguous: slices of a packed projection, transposed heads.
-Tensor readable(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous(); }
-
-Heads heads_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-
 // A new tensor that is contiguous as [batch, seq, heads, dim], seen as [batch, heads, seq, dim].
 Tensor heads_output(at::IntArrayRef sizes, const Tensor& like, bool wanted = true) {
   if (!wanted) return new_tensor({0}, like.scalar_type());
   return new_tensor({sizes[0], sizes[2], sizes[1], sizes[3]}, like.scalar_type()).transpose(1, 2);
-}
-
-// The strides of t along sizes that it is broadcast to.
-void broadcast_strides(const Tensor& t, at::IntArrayRef sizes, int64_t* strides) {
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    const int64_t i = static_cast<int64_t>(d);
-    strides[d] = t.size(i) == 1 && sizes[d] != 1 ? 0 : t.stride(i);
-  }
-}
-
-// The arguments that both directions share, and what keeps their copies alive.
-struct Inputs {
-  Tensor q, k, v, lengths;
-  AttentionInputs in;
-};
-
-Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& mask,
-                 const OptionalTensor& bias, const OptionalTensor& kv_lengths, double scale, int64_t offset,
-                 int64_t left, int64_t right, double softcap, const OptionalTensor& slopes, double dropout_p,
-                 const OptionalTensor& seed) {
-  Inputs made = {
-      readable(q_), readable(k_), readable(v_), given(kv_lengths) ? kv_lengths->contiguous() : Tensor(), {}};
-  const Tensor &q = made.q, &k = made.k, &v = made.v;
-  AttentionInputs& in = made.in;
-  in = {.dtype = dtype_of(q),
-        .batch = q.size(0),
-        .heads = q.size(1),
-        .kv_heads = k.size(1),
-        .queries = q.size(2),
-        .keys = k.size(2),
-        .dim = q.size(3),
-        .value_dim = v.size(3),
-        .q = heads_of(q),
-        .k = heads_of(k),
-        .v = heads_of(v),
-        .mask = nullptr,
-        .mask_strides = {},
-        .bias_dtype = DType::kFloat32,
-        .bias = nullptr,
-        .bias_strides = {},
-        .kv_lengths = nullptr,
-        .scale = static_cast<float>(scale),
-        .offset = offset,
-        .left = left,
-        .right = right,
-        .softcap = static_cast<float>(softcap),
-        .alibi_slopes = nullptr,
-        .alibi_strides = {},
-        .dropout = dropout_of(dropout_p, seed)};
-  const std::array<int64_t, 4> scores = {in.batch, in.heads, in.queries, in.keys};
-  if (given(mask)) {
-    in.mask = mask->const_data_ptr<bool>();
-    broadcast_strides(*mask, scores, in.mask_strides);
-  }
-  if (given(bias)) {
-    in.bias = bias->const_data_ptr();
-    in.bias_dtype = dtype_of(*bias);
-    broadcast_strides(*bias, scores, in.bias_strides);
-  }
-  if (given(kv_lengths)) in.kv_lengths = made.lengths.const_data_ptr<int32_t>();
-  if (given(slopes)) {
-    in.alibi_slopes = slopes->const_data_ptr<float>();
-    broadcast_strides(*slopes, {in.batch, in.heads}, in.alibi_strides);
-  }
-  return made;
 }
 
 Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,

@@ -5,20 +5,26 @@
 
 namespace fastlm {
 
-// A [batch, heads, seq, dim] tensor: strides in elements, dim contiguous.
+// A [batch, heads, seq, dim] tensor: strides in elements, dim contiguous. Packed sequences, [tokens, heads,
+// dim], have no stride between them: sequence b is rows starts[b] to starts[b + 1] - 1.
 struct Heads {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, seq = 0;
+  const int32_t* starts = nullptr;  // [batch + 1], ascending within the tensor's rows; null: not packed
 };
 
 // What scaled dot-product attention reads. Query head h reads key and value head h / (heads / kv_heads).
 //   s_ij = scale * q_i . k_j; softcap > 0: s = softcap * tanh(s / softcap);
 //   s -= slope * |i + offset - j|; s += bias_ij
 // Key j is kept for query i if i + offset - left <= j <= i + offset + right (left, right = -1: unlimited),
-// j < kv_lengths[batch], mask_ij, and bias_ij > -inf. Keys from kv_lengths[batch] on are never read.
+// j < kv_lengths[batch], mask_ij, and bias_ij > -inf. Keys from kv_lengths[batch] on are never read. Of
+// packed sequences i and j count inside their own one; q, k and v have starts (q's, and one for k and v),
+// there is neither mask nor bias nor kv_lengths, and what [batch, seq, heads, dim] and [batch, heads,
+// queries] below call batch and seq is all tokens, [tokens, heads, dim] and [heads, tokens]; what is of no
+// token of any sequence is not written.
 struct AttentionInputs {
-  DType dtype;  // of q, k, v
-  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+  DType dtype;                                                    // of q, k, v
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // packed: queries, keys of all sequences
   Heads q, k, v;
   const bool* mask;
   int64_t mask_strides[4];  // of [batch, heads, queries, keys]; 0 where it is broadcast; so are bias_strides
@@ -28,6 +34,7 @@ struct AttentionInputs {
   const int32_t* kv_lengths;  // [batch]
   float scale;
   int64_t offset, left, right;
+  bool bottom_right;  // packed: offset is every sequence's own number of keys less queries
   float softcap;
   const float* alibi_slopes;
   int64_t alibi_strides[2];  // of [batch, heads]

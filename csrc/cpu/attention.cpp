@@ -16,10 +16,19 @@ constexpr int64_t kRows =
 constexpr int64_t kBlock = 528;  // queries a task: they share the packing of a tile of keys
 constexpr int64_t kTasks = 32;   // with fewer blocks than this they are cut smaller
 
-int64_t block_of(const AttentionInputs& a) {
-  const int64_t heads = std::max<int64_t>(1, a.batch * a.heads);
-  const int64_t pieces = divide_up(kTasks, heads);
-  return std::clamp(round_up(divide_up(a.queries, pieces), kRows), kRows, kBlock);
+// The blocks of all sequences: each is a task for every head.
+std::vector<Block> blocks_of(const AttentionInputs& a) {
+  double total = 0;
+  for (int64_t batch = 0; batch < a.batch; ++batch) total += pairs_of(a, batch);
+  std::vector<Block> blocks;
+  for (int64_t batch = 0; batch < a.batch; ++batch) {
+    const Band band = band_of(a, batch);
+    const int64_t pieces = share_of(pairs_of(a, batch), total * static_cast<double>(a.heads), kTasks);
+    const int64_t size = std::clamp(round_up(divide_up(band.queries, pieces), kRows), kRows, kBlock);
+    if (band.queries > 0) cut_sequence(band, batch, size, blocks);
+  }
+  sort_blocks(blocks);
+  return blocks;
 }
 
 struct Tiles {
@@ -107,7 +116,7 @@ void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& ba
 
 void finish(const AttentionForward& f, int64_t batch, int64_t head, Range block, Tiles& t) {
   const AttentionInputs& a = f.in;
-  const int64_t row = (batch * a.heads + head) * a.queries;
+  const int64_t row = first_statistic(a, batch, head);
   for (int64_t i = block.begin; i < block.end; ++i) {
     const int64_t r = i - block.begin;
     const bool empty = t.sum[r] == 0;
@@ -117,7 +126,7 @@ void finish(const AttentionForward& f, int64_t batch, int64_t head, Range block,
 #pragma omp simd
     for (int64_t c = 0; c < a.value_dim; ++c) out[c] = empty ? 0 : out[c] * factor;
   }
-  store_rows(a.dtype, t.out, a.heads, a.queries, batch, head, block, a.value_dim, 1, f.out);
+  store_rows(a.dtype, t.out, a.heads, first_row(a.q, batch, a.queries), head, block, a.value_dim, 1, f.out);
 }
 
 void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range block) {
@@ -146,12 +155,10 @@ void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range
 }  // namespace
 
 void attention_forward(const Context& context, const AttentionForward& f) {
-  const AttentionInputs& a = f.in;
-  const int64_t size = block_of(a), blocks = divide_up(a.queries, size), heads = a.batch * a.heads;
-  parallel_tasks(context, heads * blocks, [&](int64_t index) {
-    // The last queries first: causal ones have the most keys.
-    const int64_t block = blocks - 1 - index / heads, head = index % heads;
-    forward_block(f, head / a.heads, head % a.heads, {block * size, std::min(a.queries, (block + 1) * size)});
+  const std::vector<Block> blocks = blocks_of(f.in);
+  parallel_tasks(context, static_cast<int64_t>(blocks.size()) * f.in.heads, [&](int64_t index) {
+    const Block& block = blocks[static_cast<size_t>(index / f.in.heads)];
+    forward_block(f, block.batch, index % f.in.heads, block.queries);
   });
 }
 

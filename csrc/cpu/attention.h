@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "../contract/attention.h"
 #include "philox.h"
@@ -42,24 +44,76 @@ struct Band {
   }
 };
 
+// How many rows sequence `batch` has, `seq` being what all have if they are not packed.
+inline int64_t length_of(const Heads& t, int64_t batch, int64_t seq) {
+  return t.starts ? t.starts[batch + 1] - t.starts[batch] : seq;
+}
+
+// Its first row, in a tensor that is contiguous as [batch, seq, ...], or packed as t is.
+inline int64_t first_row(const Heads& t, int64_t batch, int64_t seq) {
+  return t.starts ? t.starts[batch] : batch * seq;
+}
+
+// Where its first query is in the statistics of a head, [batch, heads, queries] or packed [heads, queries].
+inline int64_t first_statistic(const AttentionInputs& a, int64_t batch, int64_t head) {
+  return a.q.starts ? head * a.queries + a.q.starts[batch] : (batch * a.heads + head) * a.queries;
+}
+
 inline Band band_of(const AttentionInputs& a, int64_t batch) {
-  const int64_t keys = a.kv_lengths ? std::clamp<int64_t>(a.kv_lengths[batch], 0, a.keys) : a.keys;
-  return {a.queries, keys, a.offset, a.left, a.right};
+  const int64_t queries = length_of(a.q, batch, a.queries), all = length_of(a.k, batch, a.keys);
+  const int64_t keys = a.kv_lengths ? std::clamp<int64_t>(a.kv_lengths[batch], 0, all) : all;
+  return {queries, keys, a.bottom_right ? all - queries : a.offset, a.left, a.right};
+}
+
+// Work is cut by what a sequence has of it: into how many of `tasks` tasks, of total work `total`.
+inline int64_t share_of(double work, double total, int64_t tasks) {
+  return work > 0 ? static_cast<int64_t>(std::ceil(static_cast<double>(tasks) * work / total)) : 1;
+}
+
+// (query, key) pairs of sequence `batch`, whatever the band keeps of them.
+inline double pairs_of(const AttentionInputs& a, int64_t batch) {
+  return static_cast<double>(length_of(a.q, batch, a.queries)) *
+         static_cast<double>(length_of(a.k, batch, a.keys));
+}
+
+// Some queries of one sequence, and about how many pairs the band keeps of theirs.
+struct Block {
+  int64_t batch, piece;
+  Range queries;
+  int64_t pairs;
+};
+
+// Adds to `blocks` sequence `batch` in pieces of `size` queries: at least one, be it empty.
+inline void cut_sequence(const Band& band, int64_t batch, int64_t size, std::vector<Block>& blocks) {
+  int64_t i = 0, piece = 0;
+  do {
+    const Range queries = {i, std::min(band.queries, i + size)}, keys = band.keys_of(queries);
+    const int64_t kept = keys.empty() ? 0 : keys.end - keys.begin;
+    blocks.push_back({batch, piece++, queries, kept * (queries.end - queries.begin)});
+  } while ((i += size) < band.queries);
+}
+
+// The longest first, so that the last tasks to start are short ones.
+inline void sort_blocks(std::vector<Block>& blocks) {
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const Block& a, const Block& b) { return a.pairs > b.pairs; });
 }
 
 // Rows [rows.begin, rows.end) of one head as a tile.
 inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols,
                       float* out) {
-  const int64_t start = batch * t.batch + head * t.head + rows.begin * t.seq;
+  const int64_t first = t.starts ? t.starts[batch] : 0;
+  const int64_t start = batch * t.batch + head * t.head + (first + rows.begin) * t.seq;
   with_dtype(dtype, [&]<class T>() {
     load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, out);
   });
 }
 
-// The opposite, into a tensor that is contiguous as [batch, seq, heads, cols].
-inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t seq, int64_t batch,
-                       int64_t head, Range rows, int64_t cols, float factor, void* out) {
-  const int64_t start = ((batch * seq + rows.begin) * heads + head) * cols;
+// The opposite, into a tensor that is contiguous as [batch, seq, heads, cols]; `first` is the sequence's
+// first_row.
+inline void store_rows(DType dtype, const float* tile, int64_t heads, int64_t first, int64_t head, Range rows,
+                       int64_t cols, float factor, void* out) {
+  const int64_t start = ((first + rows.begin) * heads + head) * cols;
   with_dtype(dtype, [&]<class T>() {
     store_tile(tile, rows.end - rows.begin, cols, factor, static_cast<T*>(out) + start, heads * cols);
   });
@@ -71,7 +125,7 @@ class Scores {
   Scores(const AttentionInputs& a, int64_t batch, int64_t head)
       : scale_(a.scale),
         softcap_(a.softcap),
-        offset_(a.offset),
+        offset_(band_of(a, batch).offset),
         slope_(a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_strides[0] + head * a.alibi_strides[1]] : 0),
         bias_(a.bias),
         bias_dtype_(a.bias_dtype),

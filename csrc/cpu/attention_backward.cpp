@@ -4,6 +4,7 @@
 // out, which would save a pass, is rounded otherwise: 2.5 times the error was seen where one key has most of
 // the weight). dk and dv are summed in the task's own buffers; those of several chunks are added in their
 // order. Bound by 10 * dim FLOPs a pair.
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -19,18 +20,39 @@ constexpr int64_t kGroup =
 constexpr int64_t kTasks = 16;   // with fewer heads than this the queries are cut into chunks
 constexpr int64_t kChunk = 256;  // at least so many queries each, so that packing the keys stays a small part
 
-// How the work is cut: by shape alone. Heads and queries that share an element of dbias are one task's.
+// How the work is cut: by the sequences' lengths alone. Heads and queries that share an element of dbias are
+// one task's.
 struct Split {
-  int64_t batches, kv_heads, chunks, chunk;  // tasks along each axis; queries a chunk
+  int64_t batches, kv_heads;         // that a task takes in turn: 1 each, or all
+  std::vector<Block> blocks;         // each is a task for every group of key heads
+  std::vector<int64_t> chunks;       // of a sequence's queries
+  std::vector<int64_t> parts = {0};  // of all sequences before one
 
   explicit Split(const AttentionBackward& f) {
     const AttentionInputs& a = f.in;
-    batches = f.dbias && f.dbias_strides[0] == 0 ? std::min<int64_t>(1, a.batch) : a.batch;
-    kv_heads = f.dbias && f.dbias_strides[1] == 0 ? 1 : a.kv_heads;
+    batches = f.dbias && f.dbias_strides[0] == 0 ? a.batch : 1;
+    kv_heads = f.dbias && f.dbias_strides[1] == 0 ? a.kv_heads : 1;
     const bool whole = f.dbias && f.dbias_strides[2] == 0;
-    const int64_t wanted = whole ? 1 : divide_up(kTasks, std::max<int64_t>(1, batches * kv_heads));
-    chunks = std::clamp<int64_t>(divide_up(a.queries, kChunk), 1, wanted);
-    chunk = divide_up(a.queries, chunks);
+    double total = 0;
+    for (int64_t batch = 0; batch < a.batch; ++batch) total += pairs_of(a, batch);
+    total *= static_cast<double>(a.kv_heads);
+    for (int64_t batch = 0; batch < a.batch; ++batch) {
+      const Band band = band_of(a, batch);
+      const double own = pairs_of(a, batch) * static_cast<double>(batches * kv_heads);
+      const int64_t wanted = whole ? 1 : share_of(own, total, kTasks);
+      chunks.push_back(std::clamp<int64_t>(divide_up(band.queries, kChunk), 1, wanted));
+      parts.push_back(parts.back() + a.kv_heads * chunks.back());
+      if (batch % batches > 0) continue;
+      cut_sequence(band, batch, std::max<int64_t>(1, divide_up(band.queries, chunks.back())), blocks);
+    }
+    sort_blocks(blocks);
+  }
+
+  int64_t chunks_of(int64_t batch) const { return chunks[static_cast<size_t>(batch)]; }
+
+  // Which Part belongs to a chunk of a sequence and a key head.
+  size_t part_of(int64_t batch, int64_t head, int64_t chunk) const {
+    return static_cast<size_t>(parts[static_cast<size_t>(batch)] + head * chunks_of(batch) + chunk);
   }
 };
 
@@ -223,7 +245,10 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
     multiply(false, group, a.dim, cols.end - cols.begin, {t.dp + r * t.row_ld + cols.begin, t.row_ld, 1},
              t.k + cols.begin * t.dim_ld, t.dim_ld, t.dq + r * t.dim_ld, t.dim_ld);
   }
-  if (h.f.dq) store_rows(a.dtype, t.dq, a.heads, a.queries, h.batch, h.head, rows, a.dim, a.scale, h.f.dq);
+  if (h.f.dq) {
+    const int64_t first = first_row(a.q, h.batch, a.queries);
+    store_rows(a.dtype, t.dq, a.heads, first, h.head, rows, a.dim, a.scale, h.f.dq);
+  }
   if (sums) {
     const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin,
                   col = all.begin * stride;
@@ -258,15 +283,21 @@ void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Flo
 #pragma omp simd
     for (int64_t c = 0; c < (both.end - both.begin) * ld; ++c) to[c] += from[c];
   }
-  store_rows(a.dtype, tile, a.kv_heads, a.keys, batch, kv_head, keys, cols, factor, out);
+  store_rows(a.dtype, tile, a.kv_heads, first_row(a.k, batch, a.keys), kv_head, keys, cols, factor, out);
 }
 
-void store_all_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch,
-                    int64_t kv_head, int64_t j) {
+void store_some_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch,
+                     int64_t kv_head, Range keys) {
   const AttentionInputs& a = f.in;
-  const Range keys = {j, std::min(a.keys, j + kKeys)};
   if (f.dk) store_keys(a, parts, chunks, &Part::dk, batch, kv_head, keys, a.dim, a.scale, f.dk);
   if (f.dv) store_keys(a, parts, chunks, &Part::dv, batch, kv_head, keys, a.value_dim, 1, f.dv);
+}
+
+void store_all_keys(const AttentionBackward& f, const Part& part, int64_t batch, int64_t kv_head) {
+  const int64_t keys = length_of(f.in.k, batch, f.in.keys);
+  for (int64_t j = 0; j < keys; j += kKeys) {
+    store_some_keys(f, &part, 1, batch, kv_head, {j, std::min(keys, j + kKeys)});
+  }
 }
 
 Floats zeros(int64_t count) {
@@ -288,7 +319,7 @@ void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, 
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Scores scores(a, batch, head);
     float* dbias = f.dbias ? f.dbias + batch * f.dbias_strides[0] + head * f.dbias_strides[1] : nullptr;
-    const float* dlse = f.dlse ? f.dlse + (batch * a.heads + head) * a.queries : nullptr;
+    const float* dlse = f.dlse ? f.dlse + first_statistic(a, batch, head) : nullptr;
     const Head h = {f, scores, band, batch, head, part.keys.begin, dlse, dbias, part.dk.get(), part.dv.get()};
     for (int64_t i = queries.begin; i < queries.end; i += kRows) {
       query_rows(h, t, {i, std::min(queries.end, i + kRows)});
@@ -296,38 +327,44 @@ void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, 
   }
 }
 
+// The parts of the chunks of what sequences were cut into, added up: tiles of keys, of every head in turn.
+void store_cut_keys(const Context& context, const AttentionBackward& f, const Split& split,
+                    const std::vector<Part>& parts) {
+  const AttentionInputs& a = f.in;
+  std::vector<std::pair<int64_t, Range>> tiles;
+  for (int64_t batch = 0; batch < a.batch; ++batch) {
+    const int64_t keys = length_of(a.k, batch, a.keys);
+    if (split.chunks_of(batch) == 1) continue;
+    for (int64_t j = 0; j < keys; j += kKeys) tiles.push_back({batch, {j, std::min(keys, j + kKeys)}});
+  }
+  parallel_tasks(context, static_cast<int64_t>(tiles.size()) * a.kv_heads, [&](int64_t index) {
+    const auto [batch, keys] = tiles[static_cast<size_t>(index / a.kv_heads)];
+    const int64_t head = index % a.kv_heads;
+    store_some_keys(f, &parts[split.part_of(batch, head, 0)], split.chunks_of(batch), batch, head, keys);
+  });
+}
+
 }  // namespace
 
 void attention_backward(const Context& context, const AttentionBackward& f) {
   const AttentionInputs& a = f.in;
   const Split split(f);
-  const int64_t groups = split.batches * split.kv_heads,
-                batches = a.batch / std::max<int64_t>(1, split.batches);
-  const int64_t kv_heads = a.kv_heads / split.kv_heads, pieces = divide_up(a.keys, kKeys);
-  std::vector<Part> parts(static_cast<size_t>(a.batch * a.kv_heads * split.chunks));
-  parallel_tasks(context, groups * split.chunks, [&](int64_t index) {
-    // The last queries first: with a causal band they have the most keys.
-    const int64_t chunk = split.chunks - 1 - index / groups, group = index % groups;
-    const Range queries = {std::min(a.queries, chunk * split.chunk),
-                           std::min(a.queries, (chunk + 1) * split.chunk)};
-    const int64_t b0 = group / split.kv_heads * batches, h0 = group % split.kv_heads * kv_heads;
-    for (int64_t batch = b0; batch < b0 + batches; ++batch) {
-      for (int64_t head = h0; head < h0 + kv_heads; ++head) {
-        Part& part = parts[static_cast<size_t>((batch * a.kv_heads + head) * split.chunks + chunk)];
-        backward_chunk(f, batch, head, queries, part);
-        if (split.chunks > 1) continue;
-        for (int64_t piece = 0; piece < pieces; ++piece)
-          store_all_keys(f, &part, 1, batch, head, piece * kKeys);
+  const int64_t groups = a.kv_heads / split.kv_heads;
+  std::vector<Part> parts(static_cast<size_t>(split.parts.back()));
+  parallel_tasks(context, static_cast<int64_t>(split.blocks.size()) * groups, [&](int64_t index) {
+    const Block& block = split.blocks[static_cast<size_t>(index / groups)];
+    const int64_t h0 = index % groups * split.kv_heads;
+    for (int64_t batch = block.batch; batch < block.batch + split.batches; ++batch) {
+      for (int64_t head = h0; head < h0 + split.kv_heads; ++head) {
+        Part& part = parts[split.part_of(batch, head, block.piece)];
+        backward_chunk(f, batch, head, block.queries, part);
+        if (split.chunks_of(batch) > 1) continue;
+        store_all_keys(f, part, batch, head);
         part = Part();
       }
     }
   });
-  if (split.chunks == 1) return;
-  parallel_tasks(context, a.batch * a.kv_heads * pieces, [&](int64_t index) {
-    const int64_t head = index / pieces;
-    store_all_keys(f, &parts[static_cast<size_t>(head * split.chunks)], split.chunks, head / a.kv_heads,
-                   head % a.kv_heads, index % pieces * kKeys);
-  });
+  store_cut_keys(context, f, split, parts);
 }
 
 }  // namespace fastlm

@@ -15,7 +15,7 @@ from .._philox import attention_scales
 from . import _attention_check, _check
 from ._autocast import matmul_operands
 
-_LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
+LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
 _INF = float("inf")
 
 
@@ -90,13 +90,8 @@ def check(
     mask = _attention_check.mask(op, mask, q, shape)
     bias = _attention_check.bias(op, bias, q, shape)
     kv_lengths = _attention_check.lengths(op, kv_lengths, q, k.shape[2])
-    scale = q.shape[3] ** -0.5 if scale is None else _check.number(op, "scale", scale)
-    softcap = _check.number(op, "softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"{op}: softcap must not be negative (0 is none), got {softcap}")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"{op}: return_lse must be a bool, got {return_lse!r}")
-    slopes = _attention_check.slopes(op, alibi_slopes, q)
+    scale, softcap = _attention_check.score_options(op, scale, q.shape[3], softcap, return_lse)
+    slopes = _attention_check.slopes(op, alibi_slopes, q, *q.shape[:2])
     p = _check.probability(op, dropout_p)
     seed = _check.dropout_seed(op, p, seed, q)
     return q, k, v, mask, bias, kv_lengths, scale, offset, left, right, softcap, slopes, p, seed
@@ -121,8 +116,8 @@ def _fake_backward(dout, dlse, q, k, v, out, lse, mask, bias, *rest):
 def _cpu_limits(q, k, v, *_):
     """Head dims above 512."""
     largest = max(q.shape[3], v.shape[3])
-    if largest > _LARGEST_HEAD:
-        return f"attention.cpu takes head dims up to {_LARGEST_HEAD}, got {largest}"
+    if largest > LARGEST_HEAD:
+        return f"attention.cpu takes head dims up to {LARGEST_HEAD}, got {largest}"
     return None
 
 

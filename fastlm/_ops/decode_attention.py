@@ -69,13 +69,8 @@ def check(
             f"{op}: k_cache must have heads that divide q's {q.shape[1]}, got {k_cache.shape[1]}"
         )
     _, left, _ = _attention_check.diagonal(op, "bottom_right", window, 0, 0)
-    scale = q.shape[3] ** -0.5 if scale is None else _check.number(op, "scale", scale)
-    softcap = _check.number(op, "softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"{op}: softcap must not be negative (0 is none), got {softcap}")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"{op}: return_lse must be a bool, got {return_lse!r}")
-    slopes = _attention_check.slopes(op, alibi_slopes, q)
+    scale, softcap = _attention_check.score_options(op, scale, q.shape[3], softcap, return_lse)
+    slopes = _attention_check.slopes(op, alibi_slopes, q, *q.shape[:2])
     _kv_cache.no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
     if _check.has_values(kv_lengths):
         _check_lengths(op, kv_lengths.tolist(), capacity, block_table, k_cache)
