@@ -8,6 +8,7 @@ from rich.console import Console
 
 import fastlm
 
+from .bench import bench
 from .errors import one_line_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -65,3 +66,6 @@ def demo(
         from . import demo as job
 
         job.run(job.Options(text, steps, device, out), Console())
+
+
+app.command()(bench)

@@ -9,14 +9,15 @@ DIFFERENTIABLE = ("q", "k", "v", "bias")
 _NAN, _INF = float("nan"), float("inf")
 
 
-def _qkv(d, batch, heads, queries, keys, dim, kv_heads=None, dim_v=None):
+def qkv(d, batch, heads, queries, keys, dim, kv_heads=None, dim_v=None):
+    """q, k and v by name; as many key heads as heads and dim_v = dim unless told."""
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
     q, k = d.normal(batch, heads, queries, dim), d.normal(batch, kv_heads, keys, dim)
     return {"q": q, "k": k, "v": d.normal(batch, kv_heads, keys, dim_v)}
 
 
 def _odd(d):
-    return _qkv(d, 2, 3, 41, 37, 20)
+    return qkv(d, 2, 3, 41, 37, 20)
 
 
 def _lengths(*lengths):
@@ -55,7 +56,7 @@ def _bias(*shape, dtype=None, **options):
 
 def _scalar_bias(d):
     """Few scores: the gradient is one sum of them all, and of a long one the rounding is a matter of luck."""
-    return _qkv(d, 2, 2, 3, 5, 20) | {"bias": d.normal(), "return_lse": True}
+    return qkv(d, 2, 2, 3, 5, 20) | {"bias": d.normal(), "return_lse": True}
 
 
 def _bias_that_masks(d):
@@ -65,7 +66,7 @@ def _bias_that_masks(d):
 
 
 def _nan_past_the_length(d):
-    inputs = _qkv(d, 3, 2, 20, 37, 20) | {"kv_lengths": _lengths(0, 5, 37)}
+    inputs = qkv(d, 3, 2, 20, 37, 20) | {"kv_lengths": _lengths(0, 5, 37)}
     for name in "kv":
         inputs[name][0], inputs[name][1, :, 5:] = _NAN, _NAN
     return inputs
@@ -79,7 +80,7 @@ def _extreme(d):
 
 
 def _nan_query(d):
-    inputs = _qkv(d, 1, 2, 10, 9, 8)
+    inputs = qkv(d, 1, 2, 10, 9, 8)
     inputs["q"][0, 1, 3, 2] = _NAN
     return inputs
 
@@ -87,7 +88,7 @@ def _nan_query(d):
 def _everything(d):
     mask = d.booleans(2, 1, 41, 51, p=0.8)
     bias = d.normal(1, 6, 41, 51, dtype=torch.float32).masked_fill(d.booleans(41, 51, p=0.1), -_INF)
-    inputs = _qkv(d, 2, 6, 41, 51, 20, kv_heads=2, dim_v=12) | {
+    inputs = qkv(d, 2, 6, 41, 51, 20, kv_heads=2, dim_v=12) | {
         "causal": "bottom_right",
         "window": (30, None),
     }
@@ -102,7 +103,7 @@ def _with(make, **options):
 
 def _shape(*sizes, **options):
     heads = {name: options.pop(name) for name in ("kv_heads", "dim_v") if name in options}
-    return lambda d: _qkv(d, *sizes, **heads) | options
+    return lambda d: qkv(d, *sizes, **heads) | options
 
 
 def _slopes(*shape, **options):

@@ -7,7 +7,7 @@ from . import Case
 DIFFERENTIABLE = ("x", "w1", "b1", "w2", "b2")
 
 
-def _layer(d, size, hidden, out):
+def layer(d, size, hidden, out):
     """Weights scaled as nn.Linear's, so that values keep their size."""
     first = {"w1": d.normal(hidden, size, scale=max(1, size) ** -0.5), "b1": d.normal(hidden)}
     return first | {
@@ -22,23 +22,23 @@ def _strided_weights(d):
 
 
 CASES = [
-    Case("row", lambda d: {"x": d.normal(24)} | _layer(d, 24, 96, 24)),
-    Case("odd", lambda d: {"x": d.normal(7, 41)} | _layer(d, 41, 67, 13)),
+    Case("row", lambda d: {"x": d.normal(24)} | layer(d, 24, 96, 24)),
+    Case("odd", lambda d: {"x": d.normal(7, 41)} | layer(d, 41, 67, 13)),
     *(
-        Case(a, lambda d, a=a: {"x": d.normal(7, 41), "activation": a} | _layer(d, 41, 67, 13))
+        Case(a, lambda d, a=a: {"x": d.normal(7, 41), "activation": a} | layer(d, 41, 67, 13))
         for a in ("gelu_tanh", "relu", "silu")
     ),
     Case(
-        "dropout", lambda d: {"x": d.normal(3, 11, 40), "dropout_p": 0.3, "seed": 5} | _layer(d, 40, 160, 40)
+        "dropout", lambda d: {"x": d.normal(3, 11, 40), "dropout_p": 0.3, "seed": 5} | layer(d, 40, 160, 40)
     ),
-    Case("no-biases", lambda d: {"x": d.normal(2, 9, 40)} | _layer(d, 40, 64, 24) | {"b1": None, "b2": None}),
-    Case("packed-slice", lambda d: {"x": d.slice_of((4, 5, 120), 40, 40)} | _layer(d, 40, 64, 24)),
-    Case("transposed", lambda d: {"x": d.normal(5, 4, 40).transpose(0, 1)} | _layer(d, 40, 64, 24)),
-    Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40)} | _layer(d, 40, 64, 24)),
+    Case("no-biases", lambda d: {"x": d.normal(2, 9, 40)} | layer(d, 40, 64, 24) | {"b1": None, "b2": None}),
+    Case("packed-slice", lambda d: {"x": d.slice_of((4, 5, 120), 40, 40)} | layer(d, 40, 64, 24)),
+    Case("transposed", lambda d: {"x": d.normal(5, 4, 40).transpose(0, 1)} | layer(d, 40, 64, 24)),
+    Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40)} | layer(d, 40, 64, 24)),
     Case("strided-weights", _strided_weights),
-    Case("wide", lambda d: {"x": d.normal(65, 96), "dropout_p": 0.1, "seed": -6} | _layer(d, 96, 1100, 96)),
-    Case("empty", lambda d: {"x": d.normal(0, 16), "dropout_p": 0.3, "seed": 8} | _layer(d, 16, 32, 16)),
-    Case("no-inputs", lambda d: {"x": d.normal(3, 0)} | _layer(d, 0, 32, 16)),
-    Case("no-hidden", lambda d: {"x": d.normal(3, 16)} | _layer(d, 16, 0, 16)),
-    Case("nan", lambda d: {"x": torch.full((2, 16), float("nan"), dtype=d.dtype)} | _layer(d, 16, 32, 16)),
+    Case("wide", lambda d: {"x": d.normal(65, 96), "dropout_p": 0.1, "seed": -6} | layer(d, 96, 1100, 96)),
+    Case("empty", lambda d: {"x": d.normal(0, 16), "dropout_p": 0.3, "seed": 8} | layer(d, 16, 32, 16)),
+    Case("no-inputs", lambda d: {"x": d.normal(3, 0)} | layer(d, 0, 32, 16)),
+    Case("no-hidden", lambda d: {"x": d.normal(3, 16)} | layer(d, 16, 0, 16)),
+    Case("nan", lambda d: {"x": torch.full((2, 16), float("nan"), dtype=d.dtype)} | layer(d, 16, 32, 16)),
 ]

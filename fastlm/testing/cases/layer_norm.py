@@ -7,7 +7,8 @@ from . import Case
 DIFFERENTIABLE = ("x", "weight", "bias", "residual")
 
 
-def _affine(d, *shape):
+def affine(d, *shape):
+    """x with a weight around 1 and a bias."""
     cols = shape[-1]
     return {"x": d.normal(*shape), "weight": d.normal(cols) + 1, "bias": d.normal(cols)}
 
@@ -20,21 +21,21 @@ def _float32_parameters(d):
 CASES = [
     Case("row", lambda d: {"x": d.normal(64)}),
     Case("one-column", lambda d: {"x": d.normal(5, 1)}),
-    Case("odd", lambda d: _affine(d, 7, 41)),
-    Case("many-rows", lambda d: _affine(d, 3, 67, 48)),
-    Case("wide", lambda d: _affine(d, 3, 5000)),
+    Case("odd", lambda d: affine(d, 7, 41)),
+    Case("many-rows", lambda d: affine(d, 3, 67, 48)),
+    Case("wide", lambda d: affine(d, 3, 5000)),
     Case("weight-only", lambda d: {"x": d.normal(6, 33), "weight": d.normal(33)}),
     Case("float32-parameters", _float32_parameters),
-    Case("residual", lambda d: _affine(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
-    Case("dropout", lambda d: _affine(d, 9, 130) | {"dropout_p": 0.3, "seed": 11}),
+    Case("residual", lambda d: affine(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
+    Case("dropout", lambda d: affine(d, 9, 130) | {"dropout_p": 0.3, "seed": 11}),
     Case(
         "residual-dropout",
-        lambda d: _affine(d, 4, 10, 41) | {"residual": d.normal(4, 10, 41), "dropout_p": 0.1, "seed": -3},
+        lambda d: affine(d, 4, 10, 41) | {"residual": d.normal(4, 10, 41), "dropout_p": 0.1, "seed": -3},
     ),
     Case("packed-slice", lambda d: {"x": d.slice_of((4, 5, 120), 40, 40), "weight": d.normal(40)}),
     Case("transposed", lambda d: {"x": d.normal(5, 4, 40).transpose(0, 1), "bias": d.normal(40)}),
     Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40), "residual": d.normal(6, 40)}),
-    Case("empty", lambda d: _affine(d, 0, 16)),
+    Case("empty", lambda d: affine(d, 0, 16)),
     Case("extreme", lambda d: {"x": d.normal(4, 40, scale=50.0) + 1000.0, "eps": 1e-5}),
     Case("constant-rows", lambda d: {"x": torch.ones(3, 40, dtype=d.dtype), "weight": d.normal(40)}),
     Case("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype)}),

@@ -1,0 +1,1 @@
+"""What `fastlm bench` measures and how: workloads, floors, interleaved rounds, tables, plots."""

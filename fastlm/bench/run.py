@@ -1,0 +1,83 @@
+"""The job of `fastlm bench`: measure what was asked for, with progress, in one process per memory mode."""
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..cli.errors import CommandError
+from . import machine, plan, results
+from .options import Options, check
+
+
+def run(options: Options, console: Console) -> dict:
+    """Measures what was asked for, with progress on the console, and returns a results file's content.
+
+    Raises: CommandError where it cannot go on.
+    """
+    check(options)
+    if options.memory == "both":
+        return _both(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory == "on" and importlib.util.find_spec("fastlm.cpu"):
+        from .. import cpu
+
+        cpu.reuse_memory()
+    found = results.empty(machine.facts(options.device), asdict(options))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for part in options.parts:
+            jobs = plan.JOBS[part](options, found)
+            task = progress.add_task(part, total=len(jobs))
+            for title, job in jobs:
+                progress.update(task, description=f"{title} ({options.memory})")
+                job()
+                progress.advance(task)
+            progress.remove_task(task)
+    return found
+
+
+def _both(options: Options) -> dict:
+    """The table with memory reused, then without, in a process each; sweep and growth only with it reused.
+
+    Without it torch.compile is left out: there the claim is that nothing is slower than eager.
+    """
+    off = replace(
+        options, memory="off", parts=["table"], baseline=[b for b in options.baseline if b != "compile"]
+    )
+    reused = _in_child(replace(options, memory="on", peaks=False))
+    if "table" in options.parts:
+        reused["rows"] += _in_child(off)["rows"]
+    return reused | {"options": asdict(options)}
+
+
+def _in_child(options: Options) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        command = [sys.executable, "-m", __name__, json.dumps(asdict(options)), str(file)]
+        child = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if child.returncode != 0:
+            said = (child.stderr.strip().splitlines() or [f"ended with code {child.returncode}"])[-1]
+            raise CommandError(f"memory {options.memory}: {said}")
+        return results.read(file)
+
+
+def _main(options: str, file: str) -> None:
+    try:
+        results.write(Path(file), run(Options(**json.loads(options)), Console()))
+    except CommandError as error:
+        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the parent was interrupted too, and says so
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
