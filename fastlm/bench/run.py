@@ -1,6 +1,5 @@
 """The job of `fastlm bench`: measure what was asked for, with progress, in one process per memory mode."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import cpu
 from ..cli.errors import CommandError
 from . import machine, plan, results
 from .options import Options, check
@@ -27,15 +27,13 @@ def run(options: Options, console: Console) -> dict:
         return _both(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.memory == "on" and importlib.util.find_spec("fastlm.cpu"):
-        from .. import cpu
-
-        cpu.reuse_memory()
     found = results.empty(machine.facts(options.device), asdict(options))
+    planned = [(part, plan.JOBS[part](options, found)) for part in options.parts]  # complains before it lasts
+    if options.memory == "on":
+        _reuse_memory()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for part in options.parts:
-            jobs = plan.JOBS[part](options, found)
+        for part, jobs in planned:
             task = progress.add_task(part, total=len(jobs))
             for title, job in jobs:
                 progress.update(task, description=f"{title} ({options.memory})")
@@ -43,6 +41,13 @@ def run(options: Options, console: Console) -> dict:
                 progress.advance(task)
             progress.remove_task(task)
     return found
+
+
+def _reuse_memory() -> None:
+    try:
+        cpu.reuse_memory()
+    except RuntimeError as error:
+        raise CommandError(f"--memory on: {error}") from error
 
 
 def _both(options: Options) -> dict:
