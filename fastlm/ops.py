@@ -9,8 +9,10 @@ from ._ops.cross_entropy import cross_entropy
 from ._ops.decode_attention import decode_attention
 from ._ops.dropout_add import dropout_add
 from ._ops.feed_forward import feed_forward
+from ._ops.glu import glu
 from ._ops.layer_norm import layer_norm
 from ._ops.rms_norm import rms_norm
+from ._ops.rope import rope
 from ._ops.softmax import softmax
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "decode_attention",
     "dropout_add",
     "feed_forward",
+    "glu",
     "layer_norm",
     "rms_norm",
+    "rope",
     "softmax",
 ]

@@ -82,10 +82,14 @@ inline Rows rows_of(const Tensor& t) {
 
 inline Rows rows_of(const OptionalTensor& t) { return given(t) ? rows_of(*t) : Rows{}; }
 
+// A small tensor as contiguous float32.
+inline Tensor floats_of(const Tensor& t) {
+  return t.scalar_type() == at::kFloat ? t.contiguous() : t.to(at::kFloat).contiguous();
+}
+
 // A weight or bias as contiguous float32; `fill` where it was not given.
 inline Tensor parameter(const OptionalTensor& t, int64_t cols, const Tensor& like, float fill) {
-  if (given(t) && t->scalar_type() == at::kFloat) return t->contiguous();
-  if (given(t)) return t->to(at::kFloat).contiguous();
+  if (given(t)) return floats_of(*t);
   const auto options = like.options().dtype(at::kFloat);
   return fill == 0 ? at::zeros({cols}, options) : at::ones({cols}, options);
 }
