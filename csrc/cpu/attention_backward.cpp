@@ -13,8 +13,8 @@
 namespace fastlm {
 namespace {
 
-constexpr int64_t kKeys = 256;  // a packed tile of K^T or V^T
-constexpr int64_t kRows = 72;   // queries at a time: their scores and dp for 1024 keys are 600 KB
+constexpr int64_t kKeys = 128;  // a tile of keys: K^T, V^T, K, dk and dv of 64 dims are 170 KB
+constexpr int64_t kRows = 96;   // queries at a time: their scores and dp for 1024 keys are 800 KB
 constexpr int64_t kGroup =
     24;  // rows or keys at a time along the band's edges: skips most of what is outside
 constexpr int64_t kTasks = 16;   // with fewer heads than this the queries are cut into chunks
@@ -172,19 +172,17 @@ void gradient_row(const Head& h, Tiles& t, int64_t i, Range all, float* s, float
   }
 }
 
-// q . k and dp of a group of queries, r0 the first one's row in the tiles.
+// q . k and dp of some queries, r0 the first one's row in the tiles, and keys of one packed tile.
 void products(const Head& h, Tiles& t, int64_t r0, int64_t count, Range kept) {
   const AttentionInputs& a = h.f.in;
   const Left q = {t.q + r0 * t.dim_ld, t.dim_ld, 1}, dout = {t.dout + r0 * t.value_ld, t.value_ld, 1};
-  for (int64_t j = round_down(kept.begin, kKeys); j < kept.end; j += kKeys) {
-    const int64_t begin = round_down(std::max(j, kept.begin), kLine);
-    const int64_t n =
-        round_up(std::min(j + kKeys, kept.end) - begin, kLine);  // no NaN may be left where p is 0
-    const float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
-    float *s = t.s + r0 * t.row_ld + begin, *dp = t.dp + r0 * t.row_ld + begin;
-    multiply(false, count, n, a.dim, q, kt + begin - j, t.key_ld, s, t.row_ld);
-    multiply(false, count, n, a.value_dim, dout, vt + begin - j, t.key_ld, dp, t.row_ld);
-  }
+  const int64_t begin = round_down(kept.begin, kLine), tile = kept.begin / kKeys, first = begin % kKeys;
+  const int64_t n = round_up(kept.end - begin, kLine);  // no NaN may be left where p is 0
+  const float* kt = t.kt + tile * t.dim_ld * t.key_ld + first;
+  const float* vt = t.vt + tile * t.value_ld * t.key_ld + first;
+  const int64_t start = r0 * t.row_ld + begin;
+  multiply(false, count, n, a.dim, q, kt, t.key_ld, t.s + start, t.row_ld);
+  multiply(false, count, n, a.value_dim, dout, vt, t.key_ld, t.dp + start, t.row_ld);
 }
 
 // Adds to dk and dv of some keys; p and ds are read as their transposes.
@@ -204,23 +202,34 @@ void add_keys(const Head& h, Tiles& t, Range rows, Range keys) {
   }
 }
 
-// dk and dv of all keys that these queries keep: at once for keys that all of them keep, in groups at the
-// edges.
-void add_all_keys(const Head& h, Tiles& t, Range rows, Range kept) {
-  const Range first = h.band.keys_of({rows.begin, rows.begin + 1}),
-              last = h.band.keys_of({rows.end - 1, rows.end});
-  const Range shared = intersection(first, last);
-  for (int64_t j = kept.begin; j < kept.end;) {
-    int64_t end = std::min(kept.end, j + kGroup);
-    if (!shared.empty() && j < shared.begin) end = std::min(end, shared.begin);
-    if (!shared.empty() && j == shared.begin) end = shared.end;
-    add_keys(h, t, rows, {j, end});
-    j = end;
+// Calls f(first row, rows, keys) with the keys of a tile that the rows keep: all rows at once where they keep
+// all of it, else in groups.
+template <class F>
+void for_groups(const Head& h, Range rows, Range tile, const F& f) {
+  const int64_t step = h.band.covers(rows, tile) ? rows.end - rows.begin : kGroup;
+  for (int64_t i = rows.begin; i < rows.end; i += step) {
+    const Range group = {i, std::min(rows.end, i + step)};
+    const Range keys = intersection(h.band.keys_of(group), tile);
+    if (!keys.empty()) f(i - rows.begin, group.end - i, Range{keys.begin - h.base, keys.end - h.base});
   }
 }
 
-// Some queries of one head: their dq, and what they add to dk and dv.
-void query_rows(const Head& h, Tiles& t, Range rows) {
+// What p and ds of these queries and this tile of keys add to dq, dk and dv.
+void add_tile(const Head& h, Tiles& t, Range rows, Range tile) {
+  const AttentionInputs& a = h.f.in;
+  if (h.f.dq) {
+    for_groups(h, rows, tile, [&](int64_t r0, int64_t count, Range keys) {
+      multiply(true, count, a.dim, keys.end - keys.begin, {t.dp + r0 * t.row_ld + keys.begin, t.row_ld, 1},
+               t.k + keys.begin * t.dim_ld, t.dim_ld, t.dq + r0 * t.dim_ld, t.dim_ld);
+    });
+  }
+  const int64_t step = h.band.covers(rows, tile) ? kKeys : kGroup;
+  for (int64_t j = tile.begin; j < tile.end; j += step) {
+    add_keys(h, t, rows, {j, std::min(tile.end, j + step)});
+  }
+}
+
+void load_queries(const Head& h, Tiles& t, Range rows) {
   const AttentionInputs& a = h.f.in;
   const int64_t count = rows.end - rows.begin;
   load_rows(a.dtype, a.q, h.batch, h.head, rows, a.dim, t.q);
@@ -229,22 +238,31 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   } else {
     std::fill(t.dout, t.dout + count * t.value_ld, 0.0f);
   }
+  std::fill(t.dq, t.dq + count * t.dim_ld, 0.0f);
+}
+
+// Some queries of one head: their dq, and what they add to dk and dv. Tile by tile of keys, so that all of
+// the queries use what has been fetched of K^T, V^T, K, dk and dv.
+void query_rows(const Head& h, Tiles& t, Range rows) {
+  const AttentionInputs& a = h.f.in;
+  load_queries(h, t, rows);
   const Range kept = h.band.keys_of(rows),
               all = {kept.begin - h.base, std::max(kept.begin, kept.end) - h.base};
+  const auto for_tiles = [&](const auto& f) {
+    for (int64_t j = round_down(all.begin, kKeys); j < all.end; j += kKeys) {
+      f(intersection({h.base + j, h.base + j + kKeys}, kept));
+    }
+  };
   const bool sums = h.dbias && h.f.dbias_strides[2] == 0;
   if (sums) std::fill(t.dbias, t.dbias + t.row_ld, 0.0f);
-  for (int64_t r = 0; r < count; r += kGroup) {
-    const int64_t group = std::min(kGroup, count - r), i = rows.begin + r;
-    const Range own = h.band.keys_of({i, i + group});
-    const Range cols = own.empty() ? Range{0, 0} : Range{own.begin - h.base, own.end - h.base};
-    products(h, t, r, group, cols);
-    for (int64_t g = r; g < r + group; ++g) {
-      gradient_row(h, t, rows.begin + g, all, t.s + g * t.row_ld, t.dp + g * t.row_ld);
-    }
-    if (!h.f.dq) continue;
-    multiply(false, group, a.dim, cols.end - cols.begin, {t.dp + r * t.row_ld + cols.begin, t.row_ld, 1},
-             t.k + cols.begin * t.dim_ld, t.dim_ld, t.dq + r * t.dim_ld, t.dim_ld);
+  for_tiles([&](Range tile) {
+    for_groups(h, rows, tile,
+               [&](int64_t r0, int64_t count, Range keys) { products(h, t, r0, count, keys); });
+  });
+  for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+    gradient_row(h, t, rows.begin + r, all, t.s + r * t.row_ld, t.dp + r * t.row_ld);
   }
+  for_tiles([&](Range tile) { add_tile(h, t, rows, tile); });
   if (h.f.dq) {
     const int64_t first = first_row(a.q, h.batch, a.queries);
     store_rows(a.dtype, t.dq, a.heads, first, h.head, rows, a.dim, a.scale, h.f.dq);
@@ -254,7 +272,6 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
                   col = all.begin * stride;
     add_dbias(h.dbias + h.base * stride + col, 1, n, t.dbias + col);
   }
-  add_all_keys(h, t, rows, kept);
 }
 
 void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, Range keys, Tiles& t) {
