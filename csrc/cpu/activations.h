@@ -37,14 +37,14 @@ struct Gelu {
   }
 };
 
-// sigmoid(v) and 1 - sigmoid(v) without overflow or cancellation.
+// sigmoid(v) and its derivative sigmoid(v) * (1 - sigmoid(v)), without overflow or cancellation.
 struct Sigmoid {
-  float value, rest;
+  float value, slope;
   explicit Sigmoid(float v) {
     const float e = exp_nonpositive(-std::fabs(v));
     const float large = 1.0f / (1.0f + e), small = e * large;
     value = select(v < 0.0f, small, large);
-    rest = select(v < 0.0f, large, small);
+    slope = small * large;
   }
 };
 
@@ -55,7 +55,7 @@ struct GeluTanh {
   static float gradient(float z, float g) {
     const float square = z * z;
     const Sigmoid s(z * (kLinear + kCubic * square));
-    return g * (s.value + z * (kLinear + 3.0f * kCubic * square) * (s.value * s.rest));
+    return g * (s.value + z * (kLinear + 3.0f * kCubic * square) * s.slope);
   }
 };
 
@@ -68,7 +68,7 @@ struct Silu {
   static float value(float z) { return z * Sigmoid(z).value; }
   static float gradient(float z, float g) {
     const Sigmoid s(z);
-    return g * (s.value + z * (s.value * s.rest));
+    return g * (s.value + z * s.slope);
   }
 };
 

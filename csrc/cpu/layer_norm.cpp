@@ -16,20 +16,29 @@ struct Statistics {
 };
 
 // The second pass also sums h - mean: that corrects the first mean's rounding, which a large offset makes
-// large.
+// large. Sums in many lanes: in one vector each addition waits for the one before, a quarter of the forward's
+// time.
 Statistics statistics(const float* h, int64_t cols, float eps) {
   const float n = static_cast<float>(cols);
-  float sum = 0, rest = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < cols; ++j) sum += h[j];
-  const float mean = sum / n;
-#pragma omp simd reduction(+ : rest, squares)
-  for (int64_t j = 0; j < cols; ++j) {
-    const float d = h[j] - mean;
-    rest += d;
-    squares += d * d;
+  const float mean = lane_sum<32>(cols, [&](int64_t j) { return h[j]; }) / n;
+  constexpr int kLanes = 16;
+  float rests[kLanes] = {}, squared[kLanes] = {};
+  const int64_t whole = cols - cols % kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float d = h[j + lane] - mean;
+      rests[lane] += d;
+      squared[lane] += d * d;
+    }
   }
-  const float correction = rest / n, variance = squares / n - correction * correction;
+  for (int64_t j = whole; j < cols; ++j) {
+    const float d = h[j] - mean;
+    rests[j - whole] += d;
+    squared[j - whole] += d * d;
+  }
+  const float correction = add_lanes(rests) / n;
+  const float variance = add_lanes(squared) / n - correction * correction;
   return {mean + correction, 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps)};
 }
 

@@ -57,15 +57,14 @@ inline Half from_float<Half>(float x) {
 
 inline float select(bool condition, float yes, float no) { return condition ? yes : no; }
 
-// exp(r), |r| <= ln(2) / 2. Polynomial: Cephes expf (S. Moshier).
+// exp(r), |r| <= ln(2) / 2. Polynomial: Cephes expf (S. Moshier). Its pairs are summed side by side: one
+// after the other the terms wait for each other longer than all else in a loop.
 inline float exp_polynomial(float r) {
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * r * r + r + 1.0f;
+  const float square = r * r;
+  const float low = 1.6666665459e-1f * r + 5.0000001201e-1f;
+  const float middle = 8.3334519073e-3f * r + 4.1665795894e-2f;
+  const float high = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  return ((high * square + middle) * square + low) * square + r + 1.0f;
 }
 
 // exp(x) = 2^n * exp(r), |r| <= ln(2) / 2. Results below 1.2e-38 are 0.
@@ -87,19 +86,17 @@ inline float exp(float x) {
   return select(x < kLow, 0.0f, high);
 }
 
-// exp(x) of x <= 0 (up to 88, were a rounding to lift it), or NaN: one factor instead of two and one
-// comparison instead of four.
+// exp(x) of x <= 0, good up to 88 and for NaN: one factor instead of two, and only the lower end is held. At
+// -88 the factor is 0; what is below 1.2e-38 above that may be subnormal (kernels flush it).
 inline float exp_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;
-  constexpr float kLow = -87.33654f;
-  const float clamped = select(x < kLow, kLow, x);
+  const float clamped = select(x < -88.0f, -88.0f, x);
   const float shifted = clamped * 1.44269504f + kRound;
   const float n = shifted - kRound;
   float r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   const int32_t whole = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kRound);
-  const float result = exp_polynomial(r) * std::bit_cast<float>((whole + 127) << 23);
-  return select(x < kLow, 0.0f, result);
+  return exp_polynomial(r) * std::bit_cast<float>((whole + 127) << 23);
 }
 
 // tanh: below 0.625 Cephes tanhf's polynomial (S. Moshier), above it 1 - 2 / (exp(2|x|) + 1).

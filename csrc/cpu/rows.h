@@ -102,11 +102,19 @@ inline void store_row<Half>(const float* source, int64_t cols, Half* out) {
 }
 #endif
 
-// The sum of term(j), j in [0, n), in 16 sums that are then added in pairs. A reduction clause would add the
-// last n % 16 terms one after the other to the whole sum: 1.4 times the rounding error in rows of 41.
-template <class F>
+// The sum of all lanes, added in pairs.
+template <int kLanes>
+float add_lanes(float (&lanes)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// The sum of term(j), j in [0, n), in kLanes sums that are then added in pairs. A reduction clause would add
+// the last n % 16 terms one after the other to the whole sum: 1.4 times the rounding error in rows of 41.
+template <int kLanes = 16, class F>
 float lane_sum(int64_t n, const F& term) {
-  constexpr int kLanes = 16;
   float lanes[kLanes] = {};
   const int64_t whole = n - n % kLanes;
   for (int64_t j = 0; j < whole; j += kLanes) {
@@ -114,10 +122,7 @@ float lane_sum(int64_t n, const F& term) {
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(j + lane);
   }
   for (int lane = 0; lane < n - whole; ++lane) lanes[lane] += term(whole + lane);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+  return add_lanes(lanes);
 }
 
 // A row as float32: itself, or converted into `buffer`.
