@@ -41,6 +41,7 @@ def test_half_precision_models_are_swapped(dtype):
 def test_every_class_of_the_table_is_swapped_to_an_importable_class():
     made = {
         nn.LayerNorm: (4,),
+        nn.RMSNorm: (4,),
         nn.Dropout: (0.1,),
         nn.Softmax: (-1,),
         nn.Sequential: (nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)),

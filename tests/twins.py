@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from fastlm.testing.compare import KernelCalls, judge
+from fastlm.testing.compare import InFloat64, KernelCalls, judge
 
 BATCH, SEQ, HEADS, DIM, HIDDEN = 3, 10, 4, 32, 48
 
@@ -40,7 +40,9 @@ def assert_alike(ours, twin, inputs, run=lambda module, *inputs: module(*inputs)
     wide = copy.deepcopy(twin).double()
     results = []
     for draw in range(3):
-        ref, low = _run(wide, run, inputs, torch.float64, draw), _run(twin, run, inputs, dtype, draw)
+        with InFloat64():
+            ref = _run(wide, run, inputs, torch.float64, draw)
+        low = _run(twin, run, inputs, dtype, draw)
         with KernelCalls() as calls:
             results.append((_run(ours, run, inputs, dtype, draw), low, ref))
     names = results[0][0]

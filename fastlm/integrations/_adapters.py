@@ -11,7 +11,7 @@ from ..nn.sequential import chain_at
 from ..testing.cases import Draw
 from ._proof import Trial
 
-_BATCH, _SEQ, _MEMORY = 3, 17, 11  # odd sizes: they end inside a tile
+BATCH, SEQ, _MEMORY = 3, 17, 11  # odd sizes: they end inside a tile
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Adapter:
     part: Callable[[nn.Module], nn.Module] = lambda module: module
 
 
-def _call(module, *inputs):
+def call(module, *inputs):
+    """What most trials run."""
     return module(*inputs)
 
 
@@ -41,13 +42,13 @@ def _later(size):
 
 def _padding(device, keys):
     """The last keys of one sequence and the first key of another are padding."""
-    padding = torch.zeros(_BATCH, keys, dtype=torch.bool)
+    padding = torch.zeros(BATCH, keys, dtype=torch.bool)
     padding[0, -3:] = padding[1, 0] = True
     return padding.to(device)
 
 
-def _layer_norm_trials(norm, draw):
-    return [Trial("rows", _call, (draw.normal(_BATCH, _SEQ, *norm.normalized_shape),))]
+def _norm_trials(norm, draw):
+    return [Trial("rows", call, (draw.normal(BATCH, SEQ, *norm.normalized_shape),))]
 
 
 def _dropout_why_not(dropout):
@@ -57,19 +58,19 @@ def _dropout_why_not(dropout):
 
 
 def _dropout_trials(dropout, draw):
-    return [Trial("evaluation", _call, (draw.normal(_SEQ, 41),))]
+    return [Trial("evaluation", call, (draw.normal(SEQ, 41),))]
 
 
 def _softmax_trials(softmax, draw):
     dims = max(2, softmax.dim + 1, -softmax.dim)
-    return [Trial("rows", _call, (draw.normal(*range(3, 3 + dims)),))]
+    return [Trial("rows", call, (draw.normal(*range(3, 3 + dims)),))]
 
 
 def _cross_entropy_trials(loss, draw):
-    flat, deep = draw.integers(0, 13, _SEQ), draw.integers(0, 13, 2, 5)
+    flat, deep = draw.integers(0, 13, SEQ), draw.integers(0, 13, 2, 5)
     flat[0] = loss.ignore_index
     return [
-        Trial("[N, C]", lambda m, x: m(x, flat.to(x.device)), (draw.normal(_SEQ, 13),)),
+        Trial("[N, C]", lambda m, x: m(x, flat.to(x.device)), (draw.normal(SEQ, 13),)),
         Trial("[N, C, d]", lambda m, x: m(x, deep.to(x.device)), (draw.normal(2, 13, 5),)),
     ]
 
@@ -100,7 +101,7 @@ def _sequential_trials(sequential, draw):
             Trial(
                 f"children {start} to {start + steps - 1}",
                 lambda m, x, part=part: m[part](x),
-                (draw.normal(_BATCH, _SEQ, linear.in_features),),
+                (draw.normal(BATCH, SEQ, linear.in_features),),
             )
         )
     return made
@@ -108,16 +109,16 @@ def _sequential_trials(sequential, draw):
 
 def _attention_trials(attention, draw):
     def sequence(seq, size):
-        return draw.normal(*((_BATCH, seq, size) if attention.batch_first else (seq, _BATCH, size)))
+        return draw.normal(*((BATCH, seq, size) if attention.batch_first else (seq, BATCH, size)))
 
     def across(m, q, k, v):
         return m(q, k, v, _padding(q.device, _MEMORY), need_weights=False)[0]
 
     def causal(m, x):
-        return m(x, x, x, attn_mask=_later(_SEQ).to(x.device), need_weights=False)[0]
+        return m(x, x, x, attn_mask=_later(SEQ).to(x.device), need_weights=False)[0]
 
     inputs = (
-        sequence(_SEQ, attention.embed_dim),
+        sequence(SEQ, attention.embed_dim),
         sequence(_MEMORY, attention.kdim),
         sequence(_MEMORY, attention.vdim),
     )
@@ -130,17 +131,17 @@ def _attention_why_not(attention):
     return "bias_k, bias_v and add_zero_attn run through torch" if extra else None
 
 
-def _sequence(layer, draw, seq=_SEQ):
+def _sequence(layer, draw, seq=SEQ):
     attention = layer.self_attn
-    shape = (_BATCH, seq) if attention.batch_first else (seq, _BATCH)
+    shape = (BATCH, seq) if attention.batch_first else (seq, BATCH)
     return draw.normal(*shape, attention.embed_dim)
 
 
 def _encoder_trials(encoder, draw):
     x = (_sequence(encoder.layers[0] if hasattr(encoder, "layers") else encoder, draw),)
     return [
-        Trial("causal", lambda m, x: m(x, _later(_SEQ).to(x.device)), x),
-        Trial("padding", lambda m, x: m(x, src_key_padding_mask=_padding(x.device, _SEQ)), x),
+        Trial("causal", lambda m, x: m(x, _later(SEQ).to(x.device)), x),
+        Trial("padding", lambda m, x: m(x, src_key_padding_mask=_padding(x.device, SEQ)), x),
     ]
 
 
@@ -162,13 +163,14 @@ def _decoder_trials(layer, draw):
 
     def run(m, tgt, memory):
         padding = _padding(tgt.device, _MEMORY)
-        return m(tgt, memory, tgt_mask=_later(_SEQ).to(tgt.device), memory_key_padding_mask=padding)
+        return m(tgt, memory, tgt_mask=_later(SEQ).to(tgt.device), memory_key_padding_mask=padding)
 
     return [Trial("causal, memory padded", run, inputs)]
 
 
 TABLE: dict[type[nn.Module], Adapter] = {
-    nn.LayerNorm: Adapter(fastlm_nn.LayerNorm, _layer_norm_trials),
+    nn.LayerNorm: Adapter(fastlm_nn.LayerNorm, _norm_trials),
+    nn.RMSNorm: Adapter(fastlm_nn.RMSNorm, _norm_trials),
     nn.Dropout: Adapter(fastlm_nn.Dropout, _dropout_trials, _dropout_why_not),
     nn.Softmax: Adapter(
         fastlm_nn.Softmax, _softmax_trials, lambda m: "dim=None runs through torch" if m.dim is None else None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..testing.compare import judge
+from ..testing.compare import InFloat64, judge
 
 
 class Trial(NamedTuple):
@@ -108,7 +108,9 @@ def _first_difference(module, trials, before, after) -> str | None:
         for classes, dtype in ((before, torch.float64), (before, None), (after, None))
     )
     for trial in trials:
-        right, plain = _run(ref, trial, torch.float64), _run(low, trial, None)
+        with InFloat64():
+            right = _run(ref, trial, torch.float64)
+        plain = _run(low, trial, None)
         for name, tensor in _run(got, trial, None).items():
             verdict = judge(name, tensor, plain[name], right[name])
             if not verdict.ratio <= 1:

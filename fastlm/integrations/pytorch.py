@@ -12,11 +12,13 @@ from .. import _load, _op
 from ..testing.cases import Draw
 from . import _proof
 from ._adapters import TABLE, Adapter
+from ._structures import STRUCTURES
 
 # What is wrong fails in every draw. What is right may fail in one: where a ReLU's input rounds to the other
 # side of 0, a gradient changes by a whole element (float16 decoder layers: 2 draws of 12).
 _DRAWS = 3
 _TWIN = {adapter.new: old for old, adapter in TABLE.items()}  # fastlm class -> torch class
+_OURS = _TWIN.keys() | {adapter.new for row in STRUCTURES for adapter in row}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,30 @@ def _subclass_reason(module: nn.Module) -> str | None:
     return None
 
 
+def _candidates(module: nn.Module) -> tuple[Adapter, ...]:
+    """The adapters to try, best first: by the module's class, or else by its structure."""
+    adapter = TABLE.get(type(module))
+    if adapter is not None:
+        return (adapter,) if adapter.applies(module) else ()
+    if type(module).__module__.startswith("torch.nn."):
+        return ()
+    return next((row for row in STRUCTURES if row[0].applies(module)), ())
+
+
+def _swap(name: str, module: nn.Module, model: nn.Module, report: Report) -> None:
+    """Swaps one module if its class or its structure is known and the proof succeeds; reports either."""
+    reason = None if type(module) in TABLE else _subclass_reason(module)
+    for adapter in () if reason else _candidates(module):
+        why = _why_not(module, model, adapter)
+        if why is None:
+            report.swapped.append(Swap(name, module, type(module), adapter.new))
+            module.__class__ = adapter.new
+            return
+        reason = reason or why
+    if reason is not None:
+        report.left_alone.append(LeftAlone(name, type(module).__name__, reason))
+
+
 def _parts_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """(name, module), each module once, after all its parts: a whole is proved with its new parts."""
     seen.add(module)
@@ -148,7 +174,10 @@ def _parts_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator
 
 
 def patch(model: nn.Module) -> Report:
-    """Swaps the torch.nn modules of a model for their fastlm twins, in place, each after a proof.
+    """Swaps the modules of a model for their fastlm twins, in place, each after a proof.
+
+    What is swapped: the classes of torch.nn that fastlm.nn has, and by their structure the RMSNorm classes of
+    Hugging Face's models (a weight and an eps) and gated MLPs (gate_proj, up_proj, down_proj, act_fn).
 
     An instance keeps everything but its class: parameters, state_dict keys, hooks, requires_grad, dtype,
     device, training mode, what is shared; pickle and deepcopy work. Each swap is proved first: on small
@@ -170,18 +199,8 @@ def patch(model: nn.Module) -> Report:
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     report = Report([], [])
     for name, module in _parts_first(model, "", set()):
-        adapter = TABLE.get(type(module))
-        if adapter is None:
-            reason = None if type(module) in _TWIN else _subclass_reason(module)
-        elif not adapter.applies(module):
-            continue
-        else:
-            reason = _why_not(module, model, adapter)
-        if reason is not None:
-            report.left_alone.append(LeftAlone(name, type(module).__name__, reason))
-        elif adapter is not None:
-            report.swapped.append(Swap(name, module, type(module), adapter.new))
-            module.__class__ = adapter.new
+        if type(module) not in _OURS:
+            _swap(name, module, model, report)
     return report
 
 

@@ -3,8 +3,11 @@
 from .cross_entropy_loss import CrossEntropyLoss
 from .dropout import Dropout
 from .feed_forward import FeedForward
+from .gated_feed_forward import GatedFeedForward
 from .layer_norm import LayerNorm
 from .multihead_attention import MultiheadAttention
+from .rms_norm import GemmaRMSNorm, LlamaRMSNorm, RMSNorm
+from .rotary_embedding import RotaryEmbedding
 from .sequential import Sequential
 from .sinusoidal_positional_encoding import SinusoidalPositionalEncoding
 from .softmax import Softmax
@@ -16,8 +19,13 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "FeedForward",
+    "GatedFeedForward",
+    "GemmaRMSNorm",
     "LayerNorm",
+    "LlamaRMSNorm",
     "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
     "Sequential",
     "SinusoidalPositionalEncoding",
     "Softmax",

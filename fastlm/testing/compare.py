@@ -27,6 +27,20 @@ class KernelCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class InFloat64(TorchDispatchMode):
+    """A module's own casts to less become casts to float64: its float64 copy is to judge both others.
+
+    Hugging Face's norms cast to float32 whatever they are given; judged by that, what is right fails by luck.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the call with float64 for every narrower dtype that it asks for."""
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 class Verdict(NamedTuple):
     """What the 2x rule said of one tensor: ratio is error over what is allowed, so above 1 is wrong."""
 
