@@ -30,7 +30,7 @@ class Curve:
 
 
 CURVES = [
-    Curve("attention", "gpt2_causal", "sequence length", _SEQUENCES, lambda s: (1, 4, s, 64), "sdpa"),
+    Curve("attention", "gpt2_causal", "sequence length", _SEQUENCES, lambda s: (1, 2, s, 64), "sdpa"),
     Curve("linear_cross_entropy", "gpt2", "vocabulary", _VOCABULARIES, lambda v: (1024, 256, v), "eager"),
 ]
 

@@ -156,7 +156,7 @@ def sweep_lines(points: list[dict] | None) -> list[str]:
     for p in lost:
         low, high = p["ratio"]["quartiles"]
         lines.append(
-            f"  {results.title(p)}, {p['direction']}, runs on {p['runs_on']}:"
+            f"  {results.title(p)}, runs on {p['runs_on']}:"
             f" {p['ratio']['of_medians']:.2f} of {p['best_baseline']}'s speed"
             f" (quartiles {low:.2f} to {high:.2f})"
         )
