@@ -30,9 +30,9 @@ def test_baseline_and_fastlm_do_the_same_work(workload):
         with KernelCalls() as calls:
             got = _draws(sides(small, "f32", direction, "cpu", [], ["cpu"])["fastlm.cpu"])
         assert any(call.startswith(workload.op) for call in calls.names)
-        arguments = small.arguments("f32")
+        given = [small.arguments("f32", seed=seed) for seed in range(3)]
         for i, (g, lo, r) in enumerate(zip(got, low, ref, strict=True)):
-            lo, r = (torch.stack([baseline.unform(arguments, t) for t in ts]) for ts in (lo, r))
+            lo, r = (torch.stack([*map(baseline.unform, given, ts)]) for ts in (lo, r))
             verdict = judge(f"{'gradient' if i else 'output'} {i}", g, lo, r)
             assert verdict.ratio <= 1, str(verdict)
 
