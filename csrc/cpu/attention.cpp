@@ -155,10 +155,8 @@ void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range
 }  // namespace
 
 void attention_forward(const Context& context, const AttentionForward& f) {
-  const std::vector<Block> blocks = blocks_of(f.in);
-  parallel_tasks(context, static_cast<int64_t>(blocks.size()) * f.in.heads, [&](int64_t index) {
-    const Block& block = blocks[static_cast<size_t>(index / f.in.heads)];
-    forward_block(f, block.batch, index % f.in.heads, block.queries);
+  parallel_blocks(context, f.in, blocks_of(f.in), f.in.heads, 1, [&](const Block& block, int64_t head) {
+    forward_block(f, block.batch, head, block.queries);
   });
 }
 

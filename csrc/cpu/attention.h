@@ -8,6 +8,7 @@
 
 #include "../contract/attention.h"
 #include "philox.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace fastlm {
@@ -97,6 +98,30 @@ inline void cut_sequence(const Band& band, int64_t batch, int64_t size, std::vec
 inline void sort_blocks(std::vector<Block>& blocks) {
   std::stable_sort(blocks.begin(), blocks.end(),
                    [](const Block& a, const Block& b) { return a.pairs > b.pairs; });
+}
+
+constexpr int64_t kTaskProducts = 1 << 20;  // 25 us at 80 GFLOP/s: for less than that no thread is woken
+constexpr int64_t kBlockPairs = 128;        // what a block costs beside its pairs, in pairs
+
+// Runs f(block, group) for all blocks, group in [0, groups). What is short shares a task; `times`: how often
+// f goes through the block's pairs.
+template <class F>
+void parallel_blocks(const Context& context, const AttentionInputs& a, const std::vector<Block>& blocks,
+                     int64_t groups, int64_t times, const F& f) {
+  std::vector<int64_t> ends = {0};  // of tasks, counted in blocks x groups
+  int64_t work = 0;
+  const int64_t count = static_cast<int64_t>(blocks.size()) * groups;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t pairs = blocks[static_cast<size_t>(i / groups)].pairs + kBlockPairs;
+    work += pairs * times * (a.dim + a.value_dim);
+    if (work < kTaskProducts && i + 1 < count) continue;
+    ends.push_back(i + 1);
+    work = 0;
+  }
+  parallel_tasks(context, static_cast<int64_t>(ends.size()) - 1, [&](int64_t index) {
+    const int64_t* range = ends.data() + index;
+    for (int64_t i = range[0]; i < range[1]; ++i) f(blocks[static_cast<size_t>(i / groups)], i % groups);
+  });
 }
 
 // Rows [rows.begin, rows.end) of one head as a tile.

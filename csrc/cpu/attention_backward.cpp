@@ -366,11 +366,11 @@ void store_cut_keys(const Context& context, const AttentionBackward& f, const Sp
 void attention_backward(const Context& context, const AttentionBackward& f) {
   const AttentionInputs& a = f.in;
   const Split split(f);
-  const int64_t groups = a.kv_heads / split.kv_heads;
+  const int64_t groups = a.kv_heads / split.kv_heads,
+                times = split.batches * split.kv_heads * (a.heads / a.kv_heads);
   std::vector<Part> parts(static_cast<size_t>(split.parts.back()));
-  parallel_tasks(context, static_cast<int64_t>(split.blocks.size()) * groups, [&](int64_t index) {
-    const Block& block = split.blocks[static_cast<size_t>(index / groups)];
-    const int64_t h0 = index % groups * split.kv_heads;
+  parallel_blocks(context, a, split.blocks, groups, times, [&](const Block& block, int64_t group) {
+    const int64_t h0 = group * split.kv_heads;
     for (int64_t batch = block.batch; batch < block.batch + split.batches; ++batch) {
       for (int64_t head = h0; head < h0 + split.kv_heads; ++head) {
         Part& part = parts[split.part_of(batch, head, block.piece)];
