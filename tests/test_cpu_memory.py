@@ -152,8 +152,9 @@ other.start()
 for _ in range(20):  # while another thread holds the lock now and then
     child = os.fork()
     if child == 0:
-        x = megabytes(16, 2.0)
+        x = megabytes(4)
         assert cpu.memory_statistics().idle < 2 * MB  # the parent's idle blocks are not the child's
+        x = megabytes(16, 2.0)
         del x
         x = megabytes(16, 2.0)
         assert cpu.memory_statistics().hits > 0 and (x == 2).all() and (kept == 3).all()

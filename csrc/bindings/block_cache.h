@@ -22,13 +22,11 @@ class BlockCache {
     int64_t hits = 0, misses = 0;          // blocks taken again, blocks asked of the system
   };
 
-  // A block of at least `bytes`, aligned to a page; null where the system has no more, though nothing is
-  // idle.
+  // A block of at least `bytes`, aligned to a page; null where the system has no more.
   void* take(size_t bytes) {
     const size_t size = size_class(bytes);
     if (void* block = take_idle(size)) return block;
-    void* block = map(size);
-    if (!block && trim() > 0) block = map(size);
+    void* const block = map(size);
     if (!block) return nullptr;
     const std::lock_guard lock(mutex_);
     used_.emplace(block, size);
