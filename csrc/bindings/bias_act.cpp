@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Opt
                                     .dx = data_or_null(dx),
                                     .dbias = floats_or_null(dbias),
                                     .partial = floats_or_null(partial)});
-  return {dx, given(bias) ? dbias.to(bias->scalar_type()) : dbias};
+  return {dx, like_parameter(dbias, bias)};
 }
 
 }  // namespace

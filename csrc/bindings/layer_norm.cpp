@@ -5,15 +5,17 @@
 namespace fastlm {
 namespace {
 
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Four forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-             const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
+// statistics: mean, then rstd of all rows: one tensor, for each costs a small call 0.4 us.
+Three forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+              const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x), add = rows_of(residual);
   const Tensor w = parameter(weight, in.cols, x, 1), b = parameter(bias, in.cols, x, 0);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
-  const at::IntArrayRef rows = x.sizes().slice(0, x.dim() - 1);
-  const Tensor mean = float_output(rows, x), rstd = float_output(rows, x);
+  const Tensor statistics = float_output({2, in.rows}, x);
+  float* mean = statistics.mutable_data_ptr<float>();
   layer_norm_forward(context_of(x), {.dtype = dtype_of(x),
                                      .rows = in.rows,
                                      .cols = in.cols,
@@ -27,18 +29,18 @@ Four forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
                                      .dropout = dropout_of(dropout_p, seed),
                                      .y = y.mutable_data_ptr(),
                                      .h = data_or_null(h),
-                                     .mean = mean.mutable_data_ptr<float>(),
-                                     .rstd = rstd.mutable_data_ptr<float>()});
-  return {y, h, mean, rstd};
+                                     .mean = mean,
+                                     .rstd = mean + in.rows});
+  return {y, h, statistics};
 }
 
 Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& x, const Tensor& h,
-              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-              const Tensor& rstd, double dropout_p, const OptionalTensor& seed,
-              const std::array<bool, 4>& needs) {
+              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& statistics,
+              double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
   // needs: dx, dweight, dbias, dresidual. Without dropout dx is dresidual: computed once, returned as dx.
   const Rows normed = rows_of(h.numel() ? h : x), gy = rows_of(dy), gh = rows_of(dh);
   const Tensor w = parameter(weight, normed.cols, x, 1);
+  const float* mean = statistics.const_data_ptr<float>();
   const Tensor dx = output_like(x, needs[0] || (needs[3] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[3] && dropout_p > 0);
   const Tensor dweight = float_output({normed.cols}, x, needs[1]),
@@ -54,16 +56,15 @@ Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& 
                                       .dh_stride = gh.stride,
                                       .h_stride = normed.stride,
                                       .weight = w.const_data_ptr<float>(),
-                                      .mean = mean.const_data_ptr<float>(),
-                                      .rstd = rstd.const_data_ptr<float>(),
+                                      .mean = mean,
+                                      .rstd = mean + normed.rows,
                                       .dropout = dropout_of(dropout_p, seed),
                                       .dx = data_or_null(dx),
                                       .dresidual = data_or_null(dresidual),
                                       .dweight = floats_or_null(dweight),
                                       .dbias = floats_or_null(dbias),
                                       .partial = floats_or_null(partial)});
-  return {dx, given(weight) ? dweight.to(weight->scalar_type()) : dweight,
-          given(bias) ? dbias.to(bias->scalar_type()) : dbias, dresidual};
+  return {dx, like_parameter(dweight, weight), like_parameter(dbias, bias), dresidual};
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ Three backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor&
                                     .dresidual = data_or_null(dresidual),
                                     .dweight = floats_or_null(dweight),
                                     .partial = floats_or_null(partial)});
-  return {dx, given(weight) ? dweight.to(weight->scalar_type()) : dweight, dresidual};
+  return {dx, like_parameter(dweight, weight), dresidual};
 }
 
 }  // namespace

@@ -94,6 +94,11 @@ inline Tensor parameter(const OptionalTensor& t, int64_t cols, const Tensor& lik
   return fill == 0 ? at::zeros({cols}, options) : at::ones({cols}, options);
 }
 
+// The gradient of a weight or bias in that one's own type.
+inline Tensor like_parameter(const Tensor& gradient, const OptionalTensor& t) {
+  return given(t) && t->scalar_type() != at::kFloat ? gradient.to(t->scalar_type()) : gradient;
+}
+
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   return {p, p > 0 ? seed->const_data_ptr<int64_t>() : nullptr};
 }

@@ -3,6 +3,7 @@
 h = dropout(x) + residual. Source: Ba, Kiros, Hinton, "Layer Normalization", https://arxiv.org/abs/1607.06450.
 """
 
+from math import prod
 from typing import Literal
 
 import torch
@@ -33,11 +34,11 @@ def check(x, weight, bias, eps, residual, dropout_p, seed):
 
 
 def _fake_forward(x, weight, bias, eps, residual, dropout_p, seed):
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return contiguous(x), contiguous(x, residual is not None or dropout_p > 0), mean, torch.empty_like(mean)
+    statistics = x.new_empty((2, prod(x.shape[:-1])), dtype=torch.float32)
+    return contiguous(x), contiguous(x, residual is not None or dropout_p > 0), statistics
 
 
-def _fake_backward(dy, dh, x, h, weight, bias, mean, rstd, dropout_p, seed, needs):
+def _fake_backward(dy, dh, x, h, weight, bias, statistics, dropout_p, seed, needs):
     dweight, dbias = (
         x.new_empty((x.shape[-1] if need else 0,), dtype=torch.float32 if p is None else p.dtype)
         for p, need in ((weight, needs[1]), (bias, needs[2]))
@@ -52,11 +53,11 @@ OP = Op(
     check=check,
     forward=(
         "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, float dropout_p, Tensor? seed)"
-        " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+        " -> (Tensor y, Tensor h, Tensor statistics)",
         _fake_forward,
     ),
     backward=(
-        "(Tensor? dy, Tensor? dh, Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+        "(Tensor? dy, Tensor? dh, Tensor x, Tensor h, Tensor? weight, Tensor? bias, Tensor statistics,"
         " float dropout_p, Tensor? seed, bool[4] needs)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
         _fake_backward,
