@@ -87,7 +87,6 @@ struct Keys {
       t += n;
     }
     std::fill(row + found, row + found + kSpare, row[std::max<int64_t>(0, found - 1)]);
-    std::fill(scale + found, scale + found + kSpare, 0.0f);
   }
 };
 
@@ -120,35 +119,36 @@ inline void prefetch_row(const T* row, int64_t cols) {
 
 template <class T>
 int64_t rows_ahead(int64_t cols) {
-  return std::clamp<int64_t>(kAheadBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, kSpare / 2);
+  return std::clamp<int64_t>(kAheadBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, kSpare - kLine);
 }
 
 // s[r * kTile + k] = q_r . keys[k] for n keys and kRowCount rows; whole groups of kLanes keys are computed.
 template <int kRowCount, class T>
 void score_rows(const float* q, int64_t q_ld, const T* const* keys, int64_t n, int64_t cols, float* s) {
-  constexpr int kKeys = 4 * kRowCount <= kSums ? 4 : 2;  // at a time
+  constexpr int kKeys = kRowCount == 1 ? std::min(8, kLanes) : kRowCount == 2 ? 4 : 2;  // at a time
   const int64_t ahead = rows_ahead<T>(cols);
   for (int64_t group = 0; group < n; group += kLanes) {
     Vector sums[kRowCount][kLanes];
+#pragma GCC unroll 8
     for (int k = 0; k < kLanes; k += kKeys) {
       const T* const* key = keys + group + k;
       Vector sum[kRowCount][kKeys] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kKeys; ++i) prefetch_row(key[i + ahead], cols);
       for (int64_t c = 0; c < cols; c += kLanes) {
         Vector x[kKeys];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kKeys; ++i) x[i] = load_vector(key[i] + c);
 #pragma GCC unroll 4
         for (int r = 0; r < kRowCount; ++r) {
           const Vector query = load_vector(q + r * q_ld + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < kKeys; ++i) sum[r][i] += query * x[i];
         }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRowCount; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kKeys; ++i) sums[r][k + i] = sum[r][i];
       }
     }

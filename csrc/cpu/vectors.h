@@ -42,23 +42,32 @@ Vector load_vector(const T* p) {
 }
 #endif
 
-// The sums of two vectors' neighbours, a's before b's.
-inline Vector add_neighbours(Vector a, Vector b) {
-  typedef int Index __attribute__((vector_size(4 * kLanes)));
-  Index even, odd;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    even[lane] = 2 * lane;
-    odd[lane] = 2 * lane + 1;
-  }
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-}
-
-// Lane i of the result is the sum of v[i]'s lanes, added in pairs.
+// Lane i of the result is the sum of v[i]'s lanes, added in pairs: first within quarters of 4 lanes, where a
+// shuffle is one cheap instruction, then the quarters.
 inline Vector lane_sums(const Vector (&v)[kLanes]) {
+  typedef int Index __attribute__((vector_size(4 * kLanes)));
+  Index even, odd, low, high;  // of a's lanes, then of b's: neighbours in each quarter; every other quarter
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int quarter = lane / 4 * 4, place = lane % 4, half = kLanes / 2;
+    even[lane] = quarter + 2 * (place % 2) + (place < 2 ? 0 : kLanes);
+    odd[lane] = even[lane] + 1;
+    low[lane] = lane % half / 4 * 8 + place + (lane < half ? 0 : kLanes);
+    high[lane] = low[lane] + 4;
+  }
   Vector sums[kLanes];
   for (int i = 0; i < kLanes; ++i) sums[i] = v[i];
-  for (int n = kLanes; n > 1; n /= 2) {
-    for (int i = 0; i < n / 2; ++i) sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1]);
+  int n = kLanes;
+  for (; n > kLanes / 4; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      sums[i] = __builtin_shuffle(sums[2 * i], sums[2 * i + 1], even) +
+                __builtin_shuffle(sums[2 * i], sums[2 * i + 1], odd);
+    }
+  }
+  for (; n > 1; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      sums[i] = __builtin_shuffle(sums[2 * i], sums[2 * i + 1], low) +
+                __builtin_shuffle(sums[2 * i], sums[2 * i + 1], high);
+    }
   }
   return sums[0];
 }

@@ -68,7 +68,7 @@ def check(
         raise ValueError(
             f"{op}: k_cache must have heads that divide q's {q.shape[1]}, got {k_cache.shape[1]}"
         )
-    _, left, _ = _attention_check.diagonal(op, "bottom_right", window, 0, 0)
+    left = -1 if window is None else _attention_check.diagonal(op, "bottom_right", window, 0, 0)[1]
     scale, softcap = _attention_check.score_options(op, scale, q.shape[3], softcap, return_lse)
     slopes = _attention_check.slopes(op, alibi_slopes, q, *q.shape[:2])
     _kv_cache.no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
