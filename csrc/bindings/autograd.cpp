@@ -123,9 +123,8 @@ struct Node : torch::autograd::Function<Node> {
     for (int64_t i = 0; i < w.arguments; ++i) {
       if (!needs[i]) continue;
       if (w.gradient_of[i] >= 0) found[i] = stack[w.gradient_of[i]].toTensor();
-      const bool empty = !found[i].defined() || found[i].numel() == 0;
-      if (empty && w.shared[i] >= 0) found[i] = stack[w.shared[i]].toTensor();
-      if (empty && w.shared[i] <= -2) found[i] = known[-2 - w.shared[i]].toTensor();
+      if (w.shared[i] == -1 || (found[i].defined() && found[i].sym_numel() != 0)) continue;
+      found[i] = w.shared[i] >= 0 ? stack[w.shared[i]].toTensor() : known[-2 - w.shared[i]].toTensor();
     }
     return found;
   }

@@ -11,24 +11,27 @@ namespace fastlm {
 namespace {
 
 // One row's rotation, in float32.
-template <bool kInterleaved, bool kTransposed>
-void rotate(const float* x, const float* cos, const float* sin, int64_t half, float* y) {
+template <bool kInterleaved, bool kTransposed, class T>
+void rotate(const T* x, const float* cos, const float* sin, int64_t half, T* y) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const int64_t first = kInterleaved ? 2 * i : i, second = kInterleaved ? 2 * i + 1 : i + half;
-    const float a = x[first], b = x[second];
+    const float a = to_float(x[first]), b = to_float(x[second]);
     const float to_a = kTransposed ? sin[i + half] : -sin[i], to_b = kTransposed ? -sin[i] : sin[i + half];
-    y[first] = a * cos[i] + b * to_a;
-    y[second] = b * cos[i + half] + a * to_b;
+    y[first] = from_float<T>(a * cos[i] + b * to_a);
+    y[second] = from_float<T>(b * cos[i + half] + a * to_b);
   }
 }
 
 template <class T, bool kInterleaved, bool kTransposed>
 void rotate_row(const Rope& a, const T* x, const float* cos, const float* sin, float* buffer, T* y) {
-  const float* in = float_row(x, a.rotated, buffer);
-  float* out = results_of(y, buffer + a.rotated);
-  rotate<kInterleaved, kTransposed>(in, cos, sin, a.rotated / 2, out);
-  if constexpr (!std::is_same_v<T, float>) store_row(out, a.rotated, y);
+  if constexpr (std::is_same_v<T, Half>) {  // its conversions are intrinsics over whole rows
+    float* out = buffer + a.rotated;
+    rotate<kInterleaved, kTransposed>(float_row(x, a.rotated, buffer), cos, sin, a.rotated / 2, out);
+    store_row(out, a.rotated, y);
+  } else {
+    rotate<kInterleaved, kTransposed>(x, cos, sin, a.rotated / 2, y);
+  }
   std::copy(x + a.rotated, x + a.dim, y + a.rotated);
 }
 
