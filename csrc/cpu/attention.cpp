@@ -35,6 +35,7 @@ struct Tiles {
   int64_t dim_ld, value_ld, key_ld = padded(kKeys);
   Scratch scratch;
   float *q, *out, *k, *kt, *v, *s, *maximum, *sum;
+  Rows values;  // of a tile of keys
 
   Tiles(const AttentionInputs& a, int64_t block)
       : dim_ld(padded(a.dim)), value_ld(padded(a.value_dim)), scratch(floats(block)) {
@@ -111,7 +112,7 @@ void forward_rows(const AttentionInputs& a, const Scores& scores, const Band& ba
     for (int64_t c = own.end; c < tile.end; ++c) s[c] = 0;
   }
   multiply(true, count, a.value_dim, tile.end - tile.begin, {t.s + tile.begin, t.key_ld, 1},
-           t.v + tile.begin * t.value_ld, t.value_ld, out, t.value_ld);
+           t.values.data + tile.begin * t.values.ld, t.values.ld, out, t.value_ld);
 }
 
 void finish(const AttentionForward& f, int64_t batch, int64_t head, Range block, Tiles& t) {
@@ -142,9 +143,9 @@ void forward_block(const AttentionForward& f, int64_t batch, int64_t head, Range
   const Range keys = band.keys_of(block);
   for (int64_t j = round_down(std::max<int64_t>(0, keys.begin), kKeys); j < keys.end; j += kKeys) {
     const Range cols = {j, std::min(band.keys, j + kKeys)};
-    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, t.k);
-    transpose_tile(t.k, cols.end - cols.begin, a.dim, t.kt, t.key_ld);
-    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
+    transpose_tile(rows_of(count, a.dtype, a.k, batch, kv_head, cols, a.dim, t.k), cols.end - cols.begin,
+                   a.dim, t.kt, t.key_ld);
+    t.values = rows_of(count, a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
     for (int64_t i = block.begin; i < block.end; i += kRows) {
       forward_rows(a, scores, band, t, block.begin, {i, std::min(block.end, i + kRows)}, cols);
     }

@@ -124,14 +124,32 @@ void parallel_blocks(const Context& context, const AttentionInputs& a, const std
   });
 }
 
+// Where row `row` of one head starts.
+inline int64_t start_of(const Heads& t, int64_t batch, int64_t head, int64_t row) {
+  return batch * t.batch + head * t.head + ((t.starts ? t.starts[batch] : 0) + row) * t.seq;
+}
+
 // Rows [rows.begin, rows.end) of one head as a tile.
 inline void load_rows(DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows, int64_t cols,
                       float* out) {
-  const int64_t first = t.starts ? t.starts[batch] : 0;
-  const int64_t start = batch * t.batch + head * t.head + (first + rows.begin) * t.seq;
+  const int64_t start = start_of(t, batch, head, rows.begin);
   with_dtype(dtype, [&]<class T>() {
     load_tile(static_cast<const T*>(t.data) + start, t.seq, rows.end - rows.begin, cols, out);
   });
+}
+
+constexpr int64_t kFew = 48;  // queries: copying keys and values for no more costs more than it saves
+
+// Those rows where they lie, if there are so few queries and it is whole lines of float32 by four; else as a
+// tile in `buffer`, whose rows do not compete for the same cache sets.
+inline Rows rows_of(int64_t queries, DType dtype, const Heads& t, int64_t batch, int64_t head, Range rows,
+                    int64_t cols, float* buffer) {
+  const bool whole = cols % kLine == 0 && (rows.end - rows.begin) % 4 == 0;
+  if (dtype == DType::kFloat32 && whole && queries <= kFew) {
+    return {static_cast<const float*>(t.data) + start_of(t, batch, head, rows.begin), t.seq};
+  }
+  load_rows(dtype, t, batch, head, rows, cols, buffer);
+  return {buffer, padded(cols)};
 }
 
 // The opposite, into a tensor that is contiguous as [batch, seq, heads, cols]; `first` is the sequence's

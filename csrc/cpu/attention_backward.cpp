@@ -66,6 +66,7 @@ struct Tiles {
   int64_t dim_ld, value_ld, key_ld = padded(kKeys), keys, row_ld;
   Scratch scratch;
   float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative, *dbias;
+  Rows all_keys;
 
   Tiles(const AttentionInputs& a, int64_t count)
       : dim_ld(padded(a.dim)),
@@ -220,7 +221,7 @@ void add_tile(const Head& h, Tiles& t, Range rows, Range tile) {
   if (h.f.dq) {
     for_groups(h, rows, tile, [&](int64_t r0, int64_t count, Range keys) {
       multiply(true, count, a.dim, keys.end - keys.begin, {t.dp + r0 * t.row_ld + keys.begin, t.row_ld, 1},
-               t.k + keys.begin * t.dim_ld, t.dim_ld, t.dq + r0 * t.dim_ld, t.dim_ld);
+               t.all_keys.data + keys.begin * t.all_keys.ld, t.all_keys.ld, t.dq + r0 * t.dim_ld, t.dim_ld);
     });
   }
   const int64_t step = h.band.covers(rows, tile) ? kKeys : kGroup;
@@ -274,21 +275,27 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   }
 }
 
-void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, Range keys, Tiles& t) {
+void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, int64_t queries, Range keys,
+               Tiles& t) {
+  t.all_keys = rows_of(queries, a.dtype, a.k, batch, kv_head, keys, a.dim, t.k);
   for (int64_t j = 0; j < keys.end - keys.begin; j += kKeys) {
     const Range cols = {keys.begin + j, std::min(keys.end, keys.begin + j + kKeys)};
-    load_rows(a.dtype, a.k, batch, kv_head, cols, a.dim, t.k + j * t.dim_ld);
-    load_rows(a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
+    const int64_t count = cols.end - cols.begin;
     float *kt = t.kt + j / kKeys * t.dim_ld * t.key_ld, *vt = t.vt + j / kKeys * t.value_ld * t.key_ld;
-    transpose_tile(t.k + j * t.dim_ld, cols.end - cols.begin, a.dim, kt, t.key_ld);
-    transpose_tile(t.v, cols.end - cols.begin, a.value_dim, vt, t.key_ld);
+    const Rows values = rows_of(queries, a.dtype, a.v, batch, kv_head, cols, a.value_dim, t.v);
+    transpose_tile({t.all_keys.data + j * t.all_keys.ld, t.all_keys.ld}, count, a.dim, kt, t.key_ld);
+    transpose_tile(values, count, a.value_dim, vt, t.key_ld);
   }
 }
 
 // dk or dv of some keys: the parts of all chunks, added in their order, times `factor`.
 void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Floats Part::* which,
                 int64_t batch, int64_t kv_head, Range keys, int64_t cols, float factor, void* out) {
-  const int64_t ld = padded(cols);
+  const int64_t ld = padded(cols), first = first_row(a.k, batch, a.keys);
+  if (chunks == 1 && parts->keys.begin <= keys.begin && keys.end <= parts->keys.end) {
+    const float* sums = (parts->*which).get() + (keys.begin - parts->keys.begin) * ld;
+    return store_rows(a.dtype, sums, a.kv_heads, first, kv_head, keys, cols, factor, out);
+  }
   Scratch scratch(kKeys * ld);
   float* tile = scratch.take(kKeys * ld);
   std::fill(tile, tile + (keys.end - keys.begin) * ld, 0.0f);
@@ -300,7 +307,7 @@ void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Flo
 #pragma omp simd
     for (int64_t c = 0; c < (both.end - both.begin) * ld; ++c) to[c] += from[c];
   }
-  store_rows(a.dtype, tile, a.kv_heads, first_row(a.k, batch, a.keys), kv_head, keys, cols, factor, out);
+  store_rows(a.dtype, tile, a.kv_heads, first, kv_head, keys, cols, factor, out);
 }
 
 void store_some_keys(const AttentionBackward& f, const Part* parts, int64_t chunks, int64_t batch,
@@ -330,7 +337,7 @@ void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, 
   part.keys = kept.empty() ? Range{0, 0} : Range{round_down(kept.begin, kLine), kept.end};
   const int64_t count = part.keys.end - part.keys.begin, group = a.heads / a.kv_heads;
   Tiles t(a, count);
-  pack_keys(a, batch, kv_head, part.keys, t);
+  pack_keys(a, batch, kv_head, queries.end - queries.begin, part.keys, t);
   part.dk = zeros(f.dk ? count * t.dim_ld : 0);
   part.dv = zeros(f.dv ? count * t.value_ld : 0);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {

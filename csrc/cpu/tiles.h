@@ -104,13 +104,20 @@ void store_tile(const float* source, int64_t rows, int64_t cols, float factor, T
   }
 }
 
+// Rows to be read: each starts `ld` floats after the one before.
+struct Rows {
+  const float* data;
+  int64_t ld;
+};
+
 // The tile [rows, cols] as [cols, rows], four by four; up to a whole cache line its rows end in zeros.
-inline void transpose_tile(const float* source, int64_t rows, int64_t cols, float* out, int64_t out_ld) {
+// `rows` and `cols`, rounded up to four, are read.
+inline void transpose_tile(Rows source, int64_t rows, int64_t cols, float* out, int64_t out_ld) {
   typedef int Index __attribute__((vector_size(16)));
-  const int64_t ld = padded(cols), filled = round_up(rows, 4);
-  for (int64_t c = 0; c < round_up(cols, 4); c += 4) {
-    for (int64_t r = 0; r < filled; r += 4) {
-      const float* from = source + r * ld + c;
+  const int64_t ld = source.ld, filled = round_up(rows, 4);
+  for (int64_t r = 0; r < filled; r += 4) {
+    for (int64_t c = 0; c < round_up(cols, 4); c += 4) {
+      const float* from = source.data + r * ld + c;
       const Quad x0 = *reinterpret_cast<const Quad*>(from), x1 = *reinterpret_cast<const Quad*>(from + ld);
       const Quad x2 = *reinterpret_cast<const Quad*>(from + 2 * ld),
                  x3 = *reinterpret_cast<const Quad*>(from + 3 * ld);

@@ -28,10 +28,13 @@ def _left_padding(*padding, keys):
     return (torch.arange(keys) >= torch.tensor(padding)[:, None])[:, None, None, :]
 
 
-def _packed(d):
-    qkv = d.normal(2, 33, 3, 4, 16)  # [batch, seq, which, heads, dim], as one projection writes it
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    return {"q": q, "k": k, "v": v, "causal": True}
+def _packed(seq, dim):
+    def made(d):
+        qkv = d.normal(2, seq, 3, 4, dim)  # [batch, seq, which, heads, dim], as one projection writes it
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return {"q": q, "k": k, "v": v, "causal": True}
+
+    return made
 
 
 def _transposed(d):
@@ -65,11 +68,14 @@ def _bias_that_masks(d):
     return _odd(d) | {"bias": bias, "return_lse": True}
 
 
-def _nan_past_the_length(d):
-    inputs = qkv(d, 3, 2, 20, 37, 20) | {"kv_lengths": _lengths(0, 5, 37)}
-    for name in "kv":
-        inputs[name][0], inputs[name][1, :, 5:] = _NAN, _NAN
-    return inputs
+def _nan_past_the_length(length, keys, dim):
+    def made(d):
+        inputs = qkv(d, 3, 2, 20, keys, dim) | {"kv_lengths": _lengths(0, length, keys)}
+        for name in "kv":
+            inputs[name][0], inputs[name][1, :, length:] = _NAN, _NAN
+        return inputs
+
+    return made
 
 
 def _extreme(d):
@@ -158,7 +164,8 @@ CASES = [
     Case("bias-expanded", lambda d: _odd(d) | {"bias": d.normal(1, 1, 41, 37).expand(2, 3, 41, 37)}),
     Case("bias-causal", lambda d: _shape(1, 2, 39, 39, 20, causal=True)(d) | {"bias": d.normal(2, 39, 39)}),
     Case("lengths", _shape(3, 2, 20, 37, 20, kv_lengths=_lengths(37, 0, 18), return_lse=True)),
-    Case("lengths-nan", _nan_past_the_length),
+    Case("lengths-nan", _nan_past_the_length(5, 37, 20)),
+    Case("lengths-nan-in-place", _nan_past_the_length(8, 36, 16)),
     Case("lengths-causal", _shape(2, 2, 20, 37, 20, kv_lengths=_lengths(21, 9), causal="bottom_right")),
     Case("softcap", _with(_odd, softcap=1.5)),
     Case("softcap-lse", _with(_odd, softcap=30.0, return_lse=True)),
@@ -170,7 +177,8 @@ CASES = [
     Case("lse", _with(_odd, return_lse=True)),
     Case("scale", _with(_odd, scale=1.0)),
     Case("scale-negative", _with(_odd, scale=-0.3)),
-    Case("packed", _packed),
+    Case("packed", _packed(33, 16)),
+    Case("packed-in-place", _packed(32, 32)),  # few rows in whole cache lines: not copied
     Case("transposed", _transposed),
     Case("scattered", _scattered),
     Case("expanded", lambda d: _odd(d) | {n: d.normal(1, 1, 37, 20).expand(2, 3, 37, 20) for n in "kv"}),
