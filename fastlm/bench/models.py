@@ -19,9 +19,7 @@ from .clock import clock_of, interleaved
 from .measure import Row, row_of
 from .workload import Work
 
-_CONFIDENCE = (
-    20.0  # the standard deviation of a confident model's logits: a quarter of the gradient is denormal
-)
+_CONFIDENCE = 20.0  # deviation of a confident model's logits: a quarter of their gradient is denormal
 _STRESS_S = 30.0  # after that no new round of the stressed step begins
 
 
