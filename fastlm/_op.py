@@ -3,7 +3,9 @@
 Arguments and gradients are wired by the names in an op's two schemas. In the backward schema `d<output>` is
 the gradient of a forward output, `needs` says which gradients are wanted, and any other name is a forward
 argument or output of that name. A forward output y is public and differentiable where the backward schema
-takes dy; a forward argument x has a gradient where the backward schema returns dx.
+takes dy; a forward argument x has a gradient where the backward schema returns dx. A forward output unit_dx is
+dx of a dy of 1, if it has x's shape: where the graph is not kept, it is scaled in place instead of calling the
+backward kernel.
 """
 
 import threading
@@ -83,14 +85,16 @@ class Op:
         self.backward: dict[str, Callable] = {}
         for backend in backends:
             bodies = body or (None, None)
-            self.forward[backend] = _declare(name, backend, forward, bodies[0])
+            self.forward[backend] = declare(name, backend, forward, bodies[0])
             if backward:
-                self.backward[backend] = _declare(f"{name}_backward", backend, backward, bodies[1])
+                self.backward[backend] = declare(f"{name}_backward", backend, backward, bodies[1])
         schema = next(iter(self.forward.values()))._schema
         self.arguments = [a.name for a in schema.arguments]
         self.outputs = [r.name for r in schema.returns]
         self.written = [a.name for a in schema.arguments if a.is_write]  # arguments that the op writes into
         self.returns_tuple = len(self.outputs) > 1
+        units = [f"unit_d{a}" for a in self.arguments]
+        self.units = [self.outputs.index(u) if u in self.outputs else -1 for u in units]
         self._wire(next(iter(self.backward.values()))._schema if backward else None)
         if backward and _load.AUTOGRAD:
             self._register_autograd(forward[0], shared_gradients or {})
@@ -183,7 +187,15 @@ class Op:
         gradient_of = [-1 if g is None else g for g in self.gradient_of]
         for backend in self.backward:
             names = (f"{self.name}.{backend}", f"{self.name}_backward.{backend}", name)
-            wiring = (self.public, self.saved_outputs, self.sources, self.wanted, gradient_of, codes)
+            wiring = (
+                self.public,
+                self.saved_outputs,
+                self.sources,
+                self.wanted,
+                gradient_of,
+                codes,
+                self.units,
+            )
             torch.ops.fastlm.register_autograd(*names, *wiring)
 
     def _gradient_code(self, gradient: str) -> int:
@@ -205,7 +217,8 @@ def _outside_autocast(function: Callable, args: Sequence):
     return function(*args)
 
 
-def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], body: Callable | None):
+def declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], body: Callable | None = None):
+    """The raw op fastlm::<name>.<backend>: its schema, its fake and, where it is Python, its body."""
     schema, fake = schema_and_fake
     _LIBRARY.define(f"{name}.{backend}{schema}")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)

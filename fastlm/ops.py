@@ -11,6 +11,7 @@ from ._ops.dropout_add import dropout_add
 from ._ops.feed_forward import feed_forward
 from ._ops.glu import glu
 from ._ops.layer_norm import layer_norm
+from ._ops.linear_cross_entropy import linear_cross_entropy
 from ._ops.rms_norm import rms_norm
 from ._ops.rope import rope
 from ._ops.softmax import softmax
@@ -28,6 +29,7 @@ __all__ = [
     "feed_forward",
     "glu",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "softmax",

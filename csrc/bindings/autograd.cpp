@@ -1,7 +1,9 @@
 // The autograd side of every op: one node, wired by what fastlm/_op.py read from the op's two schemas. In C++
 // because an autograd.Function in Python costs 20 us forward and 30 us backward, which a small op never
 // earns back.
+#include <ATen/ops/item.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -31,6 +33,7 @@ struct Wiring {
   Ints wanted;         // of each entry of `needs`: the forward argument
   Ints gradient_of;    // of each forward argument: which result of the backward kernel; -1: none
   Ints shared;         // and where that is empty: which other result, or -2 - i: gradient i; -1: none
+  Ints units;          // of each forward argument: which output is its gradient for a gradient 1; -1: none
 };
 
 bool needs_graph(const IValue* args, int64_t count) {
@@ -96,13 +99,52 @@ struct Node : torch::autograd::Function<Node> {
       }
       known.resize(known.size() + w.outputs);
       for (const int64_t i : w.saved_outputs) known[grads.size() + w.arguments + i] = saved[next++];
-      found = at::GradMode::is_enabled() ? differentiable(w, known, needs) : gradients(w, known, needs);
+      if (at::GradMode::is_enabled()) {
+        found = differentiable(w, known, needs);
+      } else {
+        found = units_are_there(w, known, needs) ? scaled_units(w, known, needs) : gradients(w, known, needs);
+      }
     }
     for (size_t i = 0; i < is_tensor.size(); ++i) {
       if (is_tensor[i]) compact.push_back(found[i]);
     }
     compact.emplace_back();  // for `call`
     return compact;
+  }
+
+  // Whether forward computed all gradients that are needed, and their memory is free to be written to.
+  static bool units_are_there(const Wiring& w, const std::vector<IValue>& known,
+                              const std::vector<bool>& needs) {
+    if (torch::autograd::get_current_graph_task_keep_graph()) return false;
+    for (int64_t i = 0; i < w.arguments; ++i) {
+      if (!needs[i]) continue;
+      if (w.units[i] < 0 || !unit_of(w, known, i).sizes().equals(argument_of(w, known, i).sizes()))
+        return false;
+    }
+    return true;
+  }
+
+  static Tensor argument_of(const Wiring& w, const std::vector<IValue>& known, int64_t argument) {
+    return known[w.public_outputs + argument].toTensor();
+  }
+
+  static Tensor unit_of(const Wiring& w, const std::vector<IValue>& known, int64_t argument) {
+    return known[w.public_outputs + w.arguments + w.units[argument]].toTensor();
+  }
+
+  // By what forward computed, in place: a copy of a large weight's gradient would cost its memory again.
+  static variable_list scaled_units(const Wiring& w, const std::vector<IValue>& known,
+                                    const std::vector<bool>& needs) {
+    const Tensor gradient = known[0].toTensor();
+    const bool traced = c10::impl::TorchDispatchModeTLS::any_modes_set() || gradient.is_meta();
+    const bool is_one = !traced && gradient.is_cpu() && gradient.item().toDouble() == 1.0;
+    variable_list found(w.arguments);
+    for (int64_t i = 0; i < w.arguments; ++i) {
+      if (!needs[i]) continue;
+      const Tensor unit = unit_of(w, known, i);
+      found[i] = (is_one ? unit : unit.mul_(gradient)).to(argument_of(w, known, i).scalar_type());
+    }
+    return found;
   }
 
   // By the backward kernel.
@@ -170,7 +212,7 @@ struct AutogradKernel : c10::OperatorKernel {
 // forward, backward: "op.backend"; reference_gradients: an op's name. The rest as in Wiring.
 void register_autograd(const std::string& forward, const std::string& backward,
                        const std::string& reference_gradients, int64_t public_outputs, Ints saved_outputs,
-                       Ints sources, Ints wanted, Ints gradient_of, Ints shared) {
+                       Ints sources, Ints wanted, Ints gradient_of, Ints shared, Ints units) {
   const auto find = [](const std::string& name) {
     const size_t dot = std::min(name.find('.'), name.size());
     const std::string overload = dot < name.size() ? name.substr(dot + 1) : "";
@@ -187,7 +229,8 @@ void register_autograd(const std::string& forward, const std::string& backward,
                 std::move(sources),
                 std::move(wanted),
                 std::move(gradient_of),
-                std::move(shared)};
+                std::move(shared),
+                std::move(units)};
   // Kept for ever: at exit the dispatcher may be gone before it.
   auto* library =
       new torch::Library(torch::Library::IMPL, "fastlm", c10::DispatchKey::Autograd, __FILE__, __LINE__);
@@ -200,7 +243,8 @@ void register_autograd(const std::string& forward, const std::string& backward,
 TORCH_LIBRARY_FRAGMENT(fastlm, m) {
   m.def(
       "register_autograd(str forward, str backward, str reference_gradients, int public_outputs,"
-      " int[] saved_outputs, int[] sources, int[] wanted, int[] gradient_of, int[] shared) -> ()",
+      " int[] saved_outputs, int[] sources, int[] wanted, int[] gradient_of, int[] shared,"
+      " int[] units) -> ()",
       &register_autograd);
 }
 

@@ -120,6 +120,8 @@ void backward_row(const CrossEntropyBackward& a, int64_t row, float d) {
   const float factor = in.z_loss > 0 ? 1.0f + 2.0f * in.z_loss * lse : 1.0f;
   const float scale = d * factor / a.exp_sum[row];
   const float spread = in.label_smoothing / static_cast<float>(cols), even = d * spread;
+  const int64_t target = in.target[row];
+  const float p = exp(to_float(x[target]) - maximum) / a.exp_sum[row];  // before dlogits takes x's place
   for (int64_t begin = 0; begin < cols; begin += kPiece) {
     const int64_t n = std::min(kPiece, cols - begin);
     float buffer[kPiece];
@@ -127,8 +129,6 @@ void backward_row(const CrossEntropyBackward& a, int64_t row, float d) {
     gradient_piece(piece, n, maximum, scale, even, results_of(dlogits + begin, buffer));
     if constexpr (!std::is_same_v<T, float>) store_row(buffer, n, dlogits + begin);
   }
-  const int64_t target = in.target[row];
-  const float p = exp(to_float(x[target]) - maximum) / a.exp_sum[row];
   dlogits[target] = from_float<T>(d * (factor * p - (1.0f - in.label_smoothing) - spread));
 }
 
@@ -154,6 +154,19 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
       for (int64_t row = first; row < last; ++row) {
         const float d = to_float(dloss[in.reduction == Reduction::kNone ? row : 0]);
         backward_row<T>(a, row, in.reduction == Reduction::kMean ? d / count : d);
+      }
+    });
+  });
+}
+
+void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a) {
+  const CrossEntropyForward forward = {a.in, nullptr, a.row_loss, a.maximum, a.exp_sum, nullptr};
+  const CrossEntropyBackward backward = {a.in, nullptr, a.maximum, a.exp_sum, nullptr, a.logits};
+  with_bool(a.in.label_smoothing > 0, [&]<bool kSmoothing>() {
+    parallel_rows(context, a.in.rows, a.in.cols, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        forward_row<float, kSmoothing>(forward, row);
+        if (a.dloss) backward_row<float>(backward, row, a.dloss[row]);
       }
     });
   });

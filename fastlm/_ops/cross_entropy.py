@@ -50,11 +50,13 @@ def check(logits, target, ignore_index, label_smoothing, z_loss, reduction):
         raise ValueError(
             f"{op}: logits must have a last axis of at least one class, got {_check.got(logits)}"
         )
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        raise TypeError(f"{op}: target must be an int64 tensor, got {_check.got(target)}")
-    if target.shape != logits.shape[:-1] or target.device != logits.device:
-        shape = tuple(logits.shape[:-1])
-        raise ValueError(f"{op}: target must have shape {shape} on {logits.device}, got {_check.got(target)}")
+    options = check_options(op, ignore_index, label_smoothing, z_loss, reduction)
+    check_target(op, target, logits, logits.shape[-1], ignore_index)
+    return logits, target, *options
+
+
+def check_options(op, ignore_index, label_smoothing, z_loss, reduction):
+    """The options as they are passed on; raises TypeError or ValueError."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"{op}: ignore_index must be an int, got {_check.got(ignore_index)}")
     label_smoothing = _check.number(op, "label_smoothing", label_smoothing)
@@ -64,9 +66,18 @@ def check(logits, target, ignore_index, label_smoothing, z_loss, reduction):
     if z_loss < 0:
         raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
     _check.choice(op, "reduction", reduction, REDUCTIONS)
+    return ignore_index, label_smoothing, z_loss, reduction
+
+
+def check_target(op, target, x, classes, ignore_index):
+    """target must hold, for each row of x, one of the classes; raises TypeError, ValueError or IndexError."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be an int64 tensor, got {_check.got(target)}")
+    if target.shape != x.shape[:-1] or target.device != x.device:
+        shape = tuple(x.shape[:-1])
+        raise ValueError(f"{op}: target must have shape {shape} on {x.device}, got {_check.got(target)}")
     if _check.has_values(target):
-        _check_range(op, target, ignore_index, logits.shape[-1])
-    return logits, target, ignore_index, label_smoothing, z_loss, reduction
+        _check_range(op, target, ignore_index, classes)
 
 
 def _check_range(op, target, ignore_index, classes):

@@ -1,0 +1,272 @@
+"""linear_cross_entropy beyond its cases: meaning, chunks, memory, gradients computed in forward, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlm import ops
+from fastlm._ops import linear_cross_entropy as module
+from fastlm.ops import linear_cross_entropy
+from fastlm.testing.cases import DTYPES
+from fastlm.testing.compare import KernelCalls, judge
+
+REDUCTIONS = ("none", "sum", "mean")
+BACKWARD = "linear_cross_entropy_backward.cpu"
+
+
+def inputs(rows=9, size=24, classes=41, dtype=torch.float32):
+    """(x, weight, bias, target) that want gradients; the logits are of size 1."""
+    torch.manual_seed(0)
+    tensors = torch.randn(rows, size), torch.randn(classes, size) * size**-0.5, torch.randn(classes)
+    return *(t.to(dtype).requires_grad_() for t in tensors), torch.randint(0, classes, (rows,))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_the_reference_is_torchs_two_steps_in_float64(label_smoothing, reduction):
+    x, w, b, target = inputs(dtype=torch.float64)
+    target[::4] = -100
+    options = dict(label_smoothing=label_smoothing, reduction=reduction)
+    got = linear_cross_entropy(x, w, target, bias=b, **options)
+    wanted = F.cross_entropy(F.linear(x, w, b), target, **options)
+    dloss = torch.randn_like(wanted)
+    torch.testing.assert_close(got, wanted)
+    found, expected = (torch.autograd.grad(loss, (x, w, b), dloss) for loss in (got, wanted))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_first_and_second_derivatives_of_the_reference_are_right(reduction):
+    x, w, b, target = inputs(4, 3, 6, torch.float64)
+    target[1] = -100
+
+    def call(*tensors):
+        options = dict(label_smoothing=0.2, z_loss=0.3, reduction=reduction)
+        return linear_cross_entropy(*tensors[:2], target, bias=tensors[2], **options)
+
+    assert torch.autograd.gradcheck(call, (x, w, b)) and torch.autograd.gradgradcheck(call, (x, w, b))
+
+
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 1025])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_it_equals_cross_entropy_of_the_product_on_both_sides_of_a_chunk(reduction, rows):
+    x, w, b, target = inputs(rows, 24, 1030)  # classes: one more block of the matmul, ended early
+    got = linear_cross_entropy(x, w, target, bias=b, reduction=reduction)
+    dloss = torch.randn_like(got)
+    found = got, *torch.autograd.grad(got, (x, w, b), dloss)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+        logits = F.linear(*tensors)
+        loss = ops.cross_entropy(logits, target, reduction=reduction, backend="reference")
+        results.append((loss, *torch.autograd.grad(loss, tensors, dloss.to(dtype))))
+    for name, g, low, ref in zip(("loss", "dx", "dweight", "dbias"), found, *results, strict=True):
+        verdict = judge(name, g, low, ref)
+        assert verdict.ratio <= 1, verdict
+
+
+@pytest.mark.parametrize("rows", [0, 1, 511, 512, 513, 5000])
+@pytest.mark.parametrize("classes", [7, 50257, 1 << 20, 1 << 27])
+def test_chunks_cover_all_rows_evenly_and_within_their_bounds(classes, rows):
+    chunks = module._chunks(rows, classes)
+    sizes = [c.stop - c.start for c in chunks]
+    assert [r for c in chunks for r in range(c.start, c.stop)] == list(range(rows))
+    assert all(1 <= s <= 512 and (s * classes <= 1 << 26 or s == 1) for s in sizes)
+    assert not sizes or max(sizes[:-1], default=0) <= sizes[-1] + len(sizes)
+
+
+def peak_of(call) -> int:
+    """The most bytes that torch's CPU allocator held during call() beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        kept = call()
+    del kept
+    held = peak = 0
+    for event in p.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_beyond_inputs_and_gradients_is_a_third_of_eagers_at_most(reduction):
+    x, w, _, target = inputs(1024, 16, 3000)
+    returned = 4 * (x.numel() + w.numel())
+
+    def run(loss):
+        return torch.autograd.grad(loss.sum(), (x, w))
+
+    eager = peak_of(lambda: run(F.cross_entropy(F.linear(x, w), target, reduction=reduction)))
+    ours = peak_of(lambda: run(linear_cross_entropy(x, w, target, reduction=reduction)))
+    logits = 4 * 1024 * 3000
+    assert eager - returned > 2 * logits  # the measurement sees what eager makes
+    assert ours - returned <= (eager - returned) / 3
+
+
+def test_without_gradients_no_gradient_is_computed():
+    x, w, b, target = inputs(600, 24, 900)
+    with torch.no_grad():
+        assert peak_of(lambda: linear_cross_entropy(x, w, target, bias=b)) < 4 * 350 * 900
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), ("x", "weight")])
+def test_some_gradients_are_the_same_gradients(wanted, reduction):
+    x, w, b, target = inputs()
+    every = {"x": x, "weight": w, "bias": b}
+    loss = linear_cross_entropy(**every, target=target, reduction=reduction).sum()
+    expected = dict(zip(every, torch.autograd.grad(loss, every.values()), strict=True))
+    some = {n: t.detach().requires_grad_(n in wanted) for n, t in every.items()}
+    loss = linear_cross_entropy(**some, target=target, reduction=reduction).sum()
+    got = torch.autograd.grad(loss, [some[n] for n in wanted])
+    assert all(torch.equal(g, expected[n]) for n, g in zip(wanted, got, strict=True))
+
+
+def test_gradients_that_forward_did_not_foresee_are_computed_in_backward():
+    x, w, b, target = inputs()
+    *raw, widened, early = module.check(x.detach(), w, target, b, -100, 0.0, 0.0, "mean")
+    assert early == [False, True, True]
+    with torch.no_grad():
+        loss, *units = module.OP.forward["cpu"](*raw, widened, early)
+        assert [u.shape for u in units] == [(0,), w.shape, b.shape]
+        found = module.OP.backward["cpu"](torch.tensor(0.5), *raw[:4], *units, *raw[4:], early, [True] * 3)
+    expected = torch.autograd.grad(linear_cross_entropy(x, w, target, bias=b), (x, w, b), torch.tensor(0.5))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dloss", [1.0, 0.37, 0.0])
+def test_a_kept_graph_gives_the_same_gradients_again_whatever_was_done_to_the_first(dloss, dtype):
+    x, w, b, target = inputs(dtype=dtype)
+    loss = linear_cross_entropy(x, w, target, bias=b)
+    dloss = torch.tensor(dloss, dtype=dtype)
+    with KernelCalls() as calls:
+        first = torch.autograd.grad(loss, (x, w, b), dloss, retain_graph=True)
+        copies = [g.clone() for g in first]
+        [g.zero_() for g in first]
+        assert calls.names == [BACKWARD]
+        last = torch.autograd.grad(loss, (x, w, b), dloss)
+    assert calls.names == [BACKWARD]  # the graph ends: what forward computed is scaled in place
+    assert all(map(torch.equal, copies, last))
+
+
+def test_backward_into_leaves_copies_no_gradient():
+    x, w, _, target = inputs(8, 64, 4096)
+    loss = linear_cross_entropy(x, w, target)
+    held = peak_of(lambda: (loss / 3).backward())
+    assert held < 4 * w.numel() / 2 and w.grad.shape == w.shape
+
+
+def test_float16_gradients_survive_the_scaling_of_the_loss():
+    x, w, _, target = inputs(64, 24, 9000)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(x, w, target)
+    found = torch.autograd.grad(loss * 65536.0, (x, w))
+    exact = [t.detach().half().double().requires_grad_() for t in (x, w)]
+    expected = torch.autograd.grad(linear_cross_entropy(*exact, target) * 65536.0, exact)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=2**-10, atol=2**-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_without_a_row_that_counts_loss_and_gradients_are_zero(rows, reduction, dtype):
+    x, w, b, _ = inputs(rows, dtype=dtype)
+    x.detach().fill_(float("nan"))
+    target = torch.full((rows,), -100)
+    loss = linear_cross_entropy(x, w, target, bias=b, z_loss=0.1, reduction=reduction, backend="cpu")
+    assert (loss == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), (x, w, b)))
+
+
+@pytest.mark.parametrize("bad", [-1, 41, 2**62])
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_a_target_out_of_range_is_an_index_error(backend, bad):
+    x, w, b, target = inputs()
+    target[3] = bad
+    message = rf"linear_cross_entropy: target must be in \[0, 41\) or ignore_index=-100, got {bad}"
+    with KernelCalls() as calls, pytest.raises(IndexError, match=message):
+        linear_cross_entropy(x, w, target, bias=b, backend=backend)
+    assert calls.names == []
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole_and_scales_what_forward_computed(compiler, reduction):
+    x, w, b, target = inputs()
+
+    def call(x, w, b):
+        return (linear_cross_entropy(x, w, target, bias=b, reduction=reduction) * 0.3).sum()
+
+    expected = torch.autograd.grad(call(x, w, b), (x, w, b))
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    assert all(map(torch.equal, torch.autograd.grad(compiled(x, w, b), (x, w, b)), expected))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_under_compile_a_bad_target_spoils_its_own_row_only(backend):
+    x, w, b, target = inputs(4)
+    target[1:3] = torch.tensor([41, -(2**63)])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(x, target):
+        return linear_cross_entropy(x, w, target, bias=b, reduction="none", backend=backend)
+
+    loss = call(x, target)
+    (dx,) = torch.autograd.grad(loss, x, torch.ones(4))
+    assert loss[1:3].isnan().all() and (dx[1:3] == 0).all()
+    torch.testing.assert_close(
+        loss[::3], F.cross_entropy(F.linear(x, w, b), target.clamp(0, 40), reduction="none")[::3]
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_linear_does(backend, dtype):
+    x, w, b, target = inputs()
+    with torch.autocast("cpu", dtype):
+        got = linear_cross_entropy(x, w, target, bias=b, backend=backend)
+        assert got.dtype == F.cross_entropy(F.linear(x, w, b), target).dtype == torch.float32
+    by_hand = linear_cross_entropy(x.to(dtype), w.to(dtype), target, bias=b.to(dtype), backend=backend)
+    assert by_hand.dtype == dtype and torch.equal(got.to(dtype), by_hand)
+    grads = torch.autograd.grad(got, (x, w, b))
+    assert all(map(torch.equal, grads, torch.autograd.grad(by_hand, (x, w, b))))
+    assert {g.dtype for g in grads} == {torch.float32}
+
+
+X, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.tensor([1, 2, 3])
+BAD = [
+    ((3.0, W, T), {}, TypeError, "x must be a tensor, got float"),
+    ((X.long(), W, T), {}, TypeError, "x must be float32, float16, .*, got torch.int64"),
+    ((torch.tensor(1.0), W, T), {}, ValueError, "x must have a last axis, got"),
+    ((X, "w", T), {}, TypeError, "weight must be a tensor, got str"),
+    ((X, W[:, :7], T), {}, ValueError, r"weight must have shape \[classes, 8\] on cpu, got .*\(5, 7\)"),
+    ((X, W[0], T), {}, ValueError, r"weight must have shape \[classes, 8\] on cpu, got .*\(8,\)"),
+    ((X, W[:0], T), {}, ValueError, r"weight must have at least one class, got .*\(0, 8\)"),
+    ((X, W.half(), T), {}, TypeError, "weight must be torch.float32 as x, got torch.float16"),
+    ((X, W.to("meta"), T), {}, ValueError, r"weight must have shape \[classes, 8\] on cpu, got .* on meta"),
+    ((X, W, T), {"bias": torch.ones(8)}, ValueError, r"bias must have shape \[5\] on cpu, got .*\(8,\)"),
+    ((X, W, T), {"bias": torch.ones(5).half()}, TypeError, "bias must be torch.float32 as x"),
+    ((X, W, T.int()), {}, TypeError, "target must be an int64 tensor, got torch.int32"),
+    ((X, W, T[:2]), {}, ValueError, r"target must have shape \(3,\) on cpu, got .*\(2,\)"),
+    ((X, W, T), {"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
+    ((X, W, T), {"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    ((X, W, T), {"z_loss": -1.0}, ValueError, "z_loss must not be negative, got -1.0"),
+    (
+        (X, W, T),
+        {"reduction": "max"},
+        ValueError,
+        "reduction must be one of 'none', 'sum', 'mean', got 'max'",
+    ),
+    ((X, W, T), {"backend": "fast"}, ValueError, "backend must be one of .*, got 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "kind", "message"), BAD)
+def test_bad_input_is_named_before_any_kernel_runs(args, kwargs, kind, message):
+    with KernelCalls() as calls, pytest.raises(kind, match="^linear_cross_entropy: " + message):
+        linear_cross_entropy(*args, **kwargs)
+    assert calls.names == []
