@@ -3,9 +3,9 @@
 Arguments and gradients are wired by the names in an op's two schemas. In the backward schema `d<output>` is
 the gradient of a forward output, `needs` says which gradients are wanted, and any other name is a forward
 argument or output of that name. A forward output y is public and differentiable where the backward schema
-takes dy; a forward argument x has a gradient where the backward schema returns dx. A forward output unit_dx is
-dx of a dy of 1, if it has x's shape: where the graph is not kept, it is scaled in place instead of calling the
-backward kernel.
+takes dy; a forward argument x has a gradient where the backward schema returns dx. A forward output unit_dx,
+if it has x's shape, is dx of a dy of 1: where the graph is not kept it is scaled in place, and no backward
+kernel runs.
 """
 
 import threading

@@ -118,7 +118,7 @@ struct Node : torch::autograd::Function<Node> {
     if (torch::autograd::get_current_graph_task_keep_graph()) return false;
     for (int64_t i = 0; i < w.arguments; ++i) {
       if (!needs[i]) continue;
-      if (w.units[i] < 0 || !unit_of(w, known, i).sizes().equals(argument_of(w, known, i).sizes()))
+      if (w.units[i] < 0 || unit_of(w, known, i).sym_sizes() != argument_of(w, known, i).sym_sizes())
         return false;
     }
     return true;
