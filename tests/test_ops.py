@@ -6,10 +6,8 @@ import torch
 import fastlm
 from fastlm import ops
 from fastlm._op import OPS
-from fastlm.testing.cases import Draw, cases_of
+from fastlm.testing.cases import SEEDS, Draw, cases_of
 from fastlm.testing.compare import KernelCalls, verdicts
-
-SEEDS = range(6)
 
 
 def _points():

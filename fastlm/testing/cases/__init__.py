@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SEEDS = range(6)  # of a case's draws, judged as one sample: docs/decisions.md has why
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
