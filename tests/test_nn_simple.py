@@ -184,3 +184,43 @@ def test_sequential_calls_the_hooks_of_a_chain():
     ours[1].register_forward_hook(lambda *args: seen.append("gelu"))
     torch.testing.assert_close(ours(x), fused)
     assert seen == ["gelu"]
+
+
+class HeadAndLoss(nn.Module):
+    """A head, and the loss of its logits or of what goes into it."""
+
+    def __init__(self, loss, tied):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(41, 24), nn.Linear(24, 41, bias=not tied)
+        self.loss = loss
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x, target):
+        """The loss of x, moved by what the weight says of the targets: a tied weight has two gradients."""
+        x = x + self.embedding(target).sin()
+        if isinstance(self.loss, nn.CrossEntropyLoss):
+            return self.loss(self.head(x).flatten(0, -2), target.flatten()).reshape(-1)
+        return self.loss(x, self.head.weight, target, self.head.bias).reshape(-1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES.keys())
+def test_linear_cross_entropy_loss_computes_what_head_and_loss_do(options, tied):
+    ours = HeadAndLoss(fastlm.nn.LinearCrossEntropyLoss(**options), tied)
+    twin = HeadAndLoss(nn.CrossEntropyLoss(**options), tied)
+    twin.load_state_dict(ours.state_dict())  # the loss has nothing in it
+    target = torch.randint(0, 41, (3, 5))
+    target[0, 0] = 3  # at least one row that is not ignored
+    kernels = assert_alike(ours, twin, [torch.randn(3, 5, 24)], lambda m, x: m(x, target))
+    assert "linear_cross_entropy" in kernels
+
+
+def test_linear_cross_entropy_loss_shows_and_passes_on_its_options():
+    loss = fastlm.nn.LinearCrossEntropyLoss(2, 0.1, 0.5, "sum")
+    x, weight, target = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 2, 4, 1])
+    options = dict(ignore_index=2, label_smoothing=0.1, z_loss=0.5, reduction="sum")
+    assert torch.equal(loss(x, weight, target), fastlm.ops.linear_cross_entropy(x, weight, target, **options))
+    assert repr(loss) == (
+        "LinearCrossEntropyLoss(ignore_index=2, label_smoothing=0.1, z_loss=0.5, reduction='sum')"
+    )

@@ -5,6 +5,7 @@ from .dropout import Dropout
 from .feed_forward import FeedForward
 from .gated_feed_forward import GatedFeedForward
 from .layer_norm import LayerNorm
+from .linear_cross_entropy_loss import LinearCrossEntropyLoss
 from .multihead_attention import MultiheadAttention
 from .rms_norm import GemmaRMSNorm, LlamaRMSNorm, RMSNorm
 from .rotary_embedding import RotaryEmbedding
@@ -22,6 +23,7 @@ __all__ = [
     "GatedFeedForward",
     "GemmaRMSNorm",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "LlamaRMSNorm",
     "MultiheadAttention",
     "RMSNorm",
