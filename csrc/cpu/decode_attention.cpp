@@ -129,7 +129,6 @@ void score_rows(const float* q, int64_t q_ld, const T* const* keys, int64_t n, i
   const int64_t ahead = rows_ahead<T>(cols);
   for (int64_t group = 0; group < n; group += kLanes) {
     Vector sums[kRowCount][kLanes];
-#pragma GCC unroll 8
     for (int k = 0; k < kLanes; k += kKeys) {
       const T* const* key = keys + group + k;
       Vector sum[kRowCount][kKeys] = {};
