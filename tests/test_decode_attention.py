@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from decoding import decode_inputs, lengths_of
 
 from fastlm._op import OPS
 from fastlm.ops import AttentionOutput, append_kv, attention, decode_attention
@@ -18,17 +19,6 @@ CASES = {case.name: case for case in cases_of("decode_attention")[0]}
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def _lengths(*lengths):
-    return torch.tensor(lengths, dtype=torch.int32)
-
-
-def _inputs(lengths=(9, 4), queries=1, heads=4, kv_heads=2, slots=12, dim=8, dtype=torch.float32):
-    d, batch = Draw(0, dtype), len(lengths)
-    q = d.normal(batch, heads, queries, dim)
-    k, v = d.normal(batch, kv_heads, slots, dim), d.normal(batch, kv_heads, slots, dim)
-    return {"q": q, "k_cache": k, "v_cache": v, "kv_lengths": _lengths(*lengths)}
 
 
 def _as_attention(inputs, b, dtype=None, **options):
@@ -46,7 +36,7 @@ def _as_attention(inputs, b, dtype=None, **options):
 )
 @pytest.mark.parametrize("queries", [1, 4])
 def test_it_is_causal_attention_over_the_first_tokens_of_the_cache(backend, queries, options):
-    inputs = _inputs((33, 20, 4), queries=queries, heads=6, slots=40, dim=20)
+    inputs = decode_inputs((33, 20, 4), queries=queries, heads=6, slots=40, dim=20)
     with KernelCalls() as calls:
         got = decode_attention(**inputs, **options, return_lse=True, backend=backend)
     assert calls.names == ([] if backend == "reference" else [f"decode_attention.{backend}"])
@@ -58,7 +48,7 @@ def test_it_is_causal_attention_over_the_first_tokens_of_the_cache(backend, quer
 
 
 def test_reference_is_the_formula_computed_scalar_by_scalar():
-    inputs = _inputs((7, 2), queries=3, dtype=torch.float64)
+    inputs = decode_inputs((7, 2), queries=3, dtype=torch.float64)
     slopes = torch.rand(4, dtype=torch.float64)
     options = {"scale": 0.6, "softcap": 0.8, "window": (3, None), "alibi_slopes": slopes}
     inputs = paged(None, inputs, 5)
@@ -91,11 +81,11 @@ def test_int8_is_attention_over_the_dequantised_cache(backend, dtype, name):
 
 
 def test_int8_costs_no_more_than_the_rounding_of_keys_and_values_can(backend):
-    inputs = _inputs((40, 25), queries=2, slots=40, dim=32)
+    inputs = decode_inputs((40, 25), queries=2, slots=40, dim=32)
     k, v = inputs["k_cache"], inputs["v_cache"]
     small = {n: torch.zeros(t.shape, dtype=torch.int8) for n, t in (("k_cache", k), ("v_cache", v))}
     small |= {n: torch.zeros(t.shape[:3]) for n, t in (("k_scale", k), ("v_scale", v))}
-    append_kv(k, v, kv_lengths=_lengths(0, 0), **small)
+    append_kv(k, v, kv_lengths=lengths_of(0, 0), **small)
     exact = decode_attention(**inputs, backend=backend)
     got = decode_attention(**inputs | small, backend=backend)
     score = (inputs["q"].abs().sum(-1).max() * small["k_scale"].max() / 2 * 32**-0.5).item()
@@ -122,7 +112,7 @@ def _steps(backend, compiled=False, page=None, prompt=11, steps=5):
     if compiled:
         torch._dynamo.reset()
         step = torch.compile(step, fullgraph=True, backend=compiled)
-    found, lengths, ends = [], _lengths(0, 0), [0, *range(prompt, total + 1)]
+    found, lengths, ends = [], lengths_of(0, 0), [0, *range(prompt, total + 1)]
     for begin, end in zip(ends, ends[1:], strict=False):
         out, lengths = step(*(t[:, :, begin:end] for t in (q, k, v)), lengths)
         found.append(out)
@@ -154,17 +144,19 @@ def test_raw_kernel_passes_opcheck(name):
 
 
 def test_autocast_casts_the_query_and_never_the_cache(backend):
-    inputs = _inputs(dtype=torch.bfloat16)
+    inputs = decode_inputs(dtype=torch.bfloat16)
     want = decode_attention(**inputs, backend=backend)
     with torch.autocast("cpu", torch.float16):
         got = decode_attention(**inputs | {"q": inputs["q"].float()}, backend=backend)
     assert got.dtype == torch.bfloat16 and torch.equal(got, want)
     with torch.autocast("cpu", torch.float16):
-        small = with_int8(Draw(0, torch.float32), _inputs())
+        small = with_int8(Draw(0, torch.float32), decode_inputs())
         assert decode_attention(**small, backend=backend).dtype == torch.float32
 
 
 def test_outputs_keep_the_heads_of_a_token_side_by_side(backend):
-    result = decode_attention(**_inputs(queries=3, dtype=torch.bfloat16), return_lse=True, backend=backend)
+    result = decode_attention(
+        **decode_inputs(queries=3, dtype=torch.bfloat16), return_lse=True, backend=backend
+    )
     assert isinstance(result, AttentionOutput) and result.out.transpose(1, 2).is_contiguous()
     assert result.lse.dtype == torch.float32 and result.lse.shape == (2, 4, 3)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoding import decode_inputs, lengths_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -18,17 +19,6 @@ CASES = {case.name: case for case in cases_of("decode_attention")[0]}
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def _lengths(*lengths):
-    return torch.tensor(lengths, dtype=torch.int32)
-
-
-def _inputs(lengths=(9, 4), queries=1, heads=4, kv_heads=2, slots=12, dim=8, dtype=torch.float32):
-    d, batch = Draw(0, dtype), len(lengths)
-    q = d.normal(batch, heads, queries, dim)
-    k, v = d.normal(batch, kv_heads, slots, dim), d.normal(batch, kv_heads, slots, dim)
-    return {"q": q, "k_cache": k, "v_cache": v, "kv_lengths": _lengths(*lengths)}
 
 
 @pytest.mark.parametrize("page", [1, 7, 16, 1000])
@@ -64,11 +54,11 @@ def test_slots_past_a_length_are_never_read(backend, name):
 
 
 def test_bad_numbers_are_not_followed_where_they_are_not_looked_at(backend):
-    inputs = _inputs((9, 4, 7), slots=12)
+    inputs = decode_inputs((9, 4, 7), slots=12)
     run = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
-    got = run(**inputs | {"kv_lengths": _lengths(2**30, -5, 7)}, backend=backend)
-    want = decode_attention(**inputs | {"kv_lengths": _lengths(12, 0, 7)}, backend=backend)
+    got = run(**inputs | {"kv_lengths": lengths_of(2**30, -5, 7)}, backend=backend)
+    want = decode_attention(**inputs | {"kv_lengths": lengths_of(12, 0, 7)}, backend=backend)
     assert torch.equal(got, want) and not want[1].any()
     pages = paged(None, inputs, 3)
     table = pages["block_table"].clone()

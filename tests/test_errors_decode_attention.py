@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from decoding import decode_inputs, lengths_of
 
 import fastlm
 from fastlm._op import OPS
 from fastlm.ops import decode_attention
-from fastlm.testing.cases import Draw
 from fastlm.testing.compare import KernelCalls
 
 BACKENDS = (*OPS["decode_attention"].backends, "reference")
@@ -19,20 +19,9 @@ def backend(request):
     return request.param
 
 
-def _lengths(*lengths):
-    return torch.tensor(lengths, dtype=torch.int32)
-
-
-def _inputs(lengths=(9, 4), queries=1, heads=4, kv_heads=2, slots=12, dim=8, dtype=torch.float32):
-    d, batch = Draw(0, dtype), len(lengths)
-    q = d.normal(batch, heads, queries, dim)
-    k, v = d.normal(batch, kv_heads, slots, dim), d.normal(batch, kv_heads, slots, dim)
-    return {"q": q, "k_cache": k, "v_cache": v, "kv_lengths": _lengths(*lengths)}
-
-
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
 def test_what_requires_a_gradient_is_refused_unless_gradients_are_off(backend, name):
-    inputs = _inputs()
+    inputs = decode_inputs()
     want = decode_attention(**inputs, backend=backend)
     inputs[name].requires_grad_()
     words = f"decode_attention: {name} must not require a gradient, there is no backward; call it under"
@@ -44,7 +33,7 @@ def test_what_requires_a_gradient_is_refused_unless_gradients_are_off(backend, n
 
 
 def test_cpu_refuses_heads_above_512_with_the_reason_and_the_reference_takes_them():
-    inputs = _inputs(dim=513)
+    inputs = decode_inputs(dim=513)
     reason = "decode_attention.cpu takes head dims up to 512, got 513"
     assert fastlm.explain("decode_attention", **inputs).reasons["cpu"] == reason
     with pytest.raises(NotImplementedError, match=reason):
@@ -72,18 +61,18 @@ BAD = [
     ({"q": _zeros(2, 4, 1, 9)}, ValueError, "k_cache must have q's dim 9, got 8"),
     ({"q": _zeros(2, 3, 1, 8)}, ValueError, "k_cache must have heads that divide q's 3, got 2"),
     (
-        {"q": _zeros(1, 4, 1, 8), "kv_lengths": _lengths(1)},
+        {"q": _zeros(1, 4, 1, 8), "kv_lengths": lengths_of(1)},
         ValueError,
         "k_cache must have q's batch 1, got 2 and",
     ),
-    ({"kv_lengths": _lengths(9, 13)}, ValueError, "kv_lengths must be in [0, 12], got [9, 13]"),
-    ({"kv_lengths": _lengths(-1, 3)}, ValueError, "kv_lengths must be in [0, 12], got [-1, 3]"),
+    ({"kv_lengths": lengths_of(9, 13)}, ValueError, "kv_lengths must be in [0, 12], got [9, 13]"),
+    ({"kv_lengths": lengths_of(-1, 3)}, ValueError, "kv_lengths must be in [0, 12], got [-1, 3]"),
     (
-        {"kv_lengths": _lengths(9, 13)} | _TABLE,
+        {"kv_lengths": lengths_of(9, 13)} | _TABLE,
         ValueError,
         "block_table must name pages in [0, 2), got [1, 2] for",
     ),
-    ({"kv_lengths": _lengths(9, 25)} | _TABLE, ValueError, "kv_lengths must be in [0, 24], got [9, 25]"),
+    ({"kv_lengths": lengths_of(9, 25)} | _TABLE, ValueError, "kv_lengths must be in [0, 24], got [9, 25]"),
     ({"k_scale": _zeros(2, 2, 12)}, ValueError, "k_scale must be None where the caches are not int8, got"),
     ({"scale": math.inf}, ValueError, "scale must be finite, got inf"),
     ({"window": 4}, ValueError, "window must be (left, right) or None, got 4"),
@@ -96,7 +85,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "error", "words"), BAD, ids=range(len(BAD)))
 def test_bad_input_is_named_before_any_kernel_runs(change, error, words):
     with KernelCalls() as calls, pytest.raises(error) as raised:
-        decode_attention(**_inputs() | change)
+        decode_attention(**decode_inputs() | change)
     assert type(raised.value) is error
     assert str(raised.value).startswith(f"decode_attention: {words}")
     assert not calls.names

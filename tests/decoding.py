@@ -1,0 +1,18 @@
+"""The inputs that the tests of decode_attention share."""
+
+import torch
+
+from fastlm.testing.cases import Draw
+
+
+def lengths_of(*lengths):
+    """kv_lengths, int32 [batch]."""
+    return torch.tensor(lengths, dtype=torch.int32)
+
+
+def decode_inputs(lengths=(9, 4), queries=1, heads=4, kv_heads=2, slots=12, dim=8, dtype=torch.float32):
+    """Random q and contiguous caches, and the lengths."""
+    d, batch = Draw(0, dtype), len(lengths)
+    q = d.normal(batch, heads, queries, dim)
+    k, v = d.normal(batch, kv_heads, slots, dim), d.normal(batch, kv_heads, slots, dim)
+    return {"q": q, "k_cache": k, "v_cache": v, "kv_lengths": lengths_of(*lengths)}
