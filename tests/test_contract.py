@@ -219,3 +219,14 @@ def test_autocast_runs_the_kernel_and_casts_only_what_contains_a_matmul(name):
         first = outputs_of(getattr(ops, name), inputs)[0]
     assert first.dtype == (torch.bfloat16 if name in MATMULS else torch.float32)
     assert f"{name}.cpu" in calls.names
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].backward and n not in WITH_MATMUL])
+def test_tiny_gradients_come_out_flushed_to_zero(name):
+    tiny = torch.finfo(torch.float32).tiny
+    inputs = leaves(cases_of(name)[0][1].inputs(Draw(0, torch.float32)), cases_of(name)[1])
+    outputs = [o for o in outputs_of(getattr(ops, name), inputs) if o.requires_grad]
+    wanted = [t for t in tensors_of(inputs.values()) if t.requires_grad]
+    just_normal = [tiny * (1 + 4 * torch.rand_like(o)) * torch.randn_like(o).sign() for o in outputs]
+    found = torch.autograd.grad(outputs, wanted, just_normal)
+    assert not any(((g != 0) & (g.abs() < tiny)).any() for g in found)
