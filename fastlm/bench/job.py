@@ -32,7 +32,7 @@ def bench(options: Options, outputs: Outputs, console: Console) -> None:
     check(options)
     file = _checked(options, outputs)
     old = results.read(outputs.compare) if outputs.compare else None
-    found = results.read(outputs.source) if outputs.source else run(options, console)
+    found = results.read(outputs.source) if outputs.source else results.rounded(run(options, console))
     _show(found, old, console)
     if file is not None:
         results.write(file, found)

@@ -41,7 +41,7 @@ def title(row: dict) -> str:
 
 def write(file: Path, found: dict) -> None:
     """Writes the results. Raises: CommandError where they cannot be written; then the old file stays."""
-    write_text(file, json.dumps(_rounded(found), indent=1) + "\n")
+    write_text(file, json.dumps(rounded(found), indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -74,13 +74,13 @@ def _temporary(folder: Path):
     return tempfile.NamedTemporaryFile("w", dir=folder, prefix=".bench-", delete=False, encoding="utf-8")
 
 
-def _rounded(value):
-    """Five digits are more than a timing has, and the files stay small."""
+def rounded(value):
+    """Five digits are more than a timing has; all that is shown is made of what the file holds."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(v) for name, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {name: rounded(v) for name, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def read(file: Path) -> dict:
