@@ -68,8 +68,12 @@ def _rows_to_draw(found: dict) -> list[dict]:
 
 
 def _under_the_roof(found: dict) -> list[dict]:
-    """The rows with work to count and a fastlm side."""
-    return [r for r in _rows_to_draw(found) if r["work"] and r["work"]["bytes"] and r["ratios"]]
+    """The rows with a fastlm side and work of both kinds: a mere copy has no place on a logarithmic axis."""
+    return [
+        r
+        for r in _rows_to_draw(found)
+        if r["work"] and all(map(r["work"].get, ("bytes", "flops"))) and r["ratios"]
+    ]
 
 
 def _machine(found: dict) -> str:
