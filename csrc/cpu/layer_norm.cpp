@@ -11,83 +11,61 @@
 namespace fastlm {
 namespace {
 
-struct Statistics {
-  float mean, rstd;
-};
-
-// The second pass also sums h - mean: that corrects the first mean's rounding, which a large offset makes
-// large. Sums in many lanes: in one vector each addition waits for the one before, a quarter of the forward's
-// time.
-Statistics statistics(const float* h, int64_t cols, float eps) {
-  const float n = static_cast<float>(cols);
-  const float mean = lane_sum<32>(cols, [&](int64_t j) { return h[j]; }) / n;
-  constexpr int kLanes = 16;
-  float rests[kLanes] = {}, squared[kLanes] = {};
-  const int64_t whole = cols - cols % kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float d = h[j + lane] - mean;
-      rests[lane] += d;
-      squared[lane] += d * d;
-    }
-  }
-  for (int64_t j = whole; j < cols; ++j) {
-    const float d = h[j] - mean;
-    rests[j - whole] += d;
-    squared[j - whole] += d * d;
-  }
-  const float correction = add_lanes(rests) / n;
-  const float variance = add_lanes(squared) / n - correction * correction;
-  return {mean + correction, 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps)};
-}
-
+// One row. The second pass over h also sums h - mean: that corrects the first mean's rounding, which a large
+// offset makes large.
 template <class T>
-void normalise_row(const float* h, Statistics s, const float* weight, const float* bias, int64_t cols, T* y) {
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) {
-    y[j] = from_float<T>((h[j] - s.mean) * s.rstd * weight[j] + bias[j]);
-  }
+[[gnu::flatten]] void forward_row(const LayerNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
+  const int64_t cols = a.cols;
+  const float n = static_cast<float>(cols);
+  Vector sums[kSums] = {}, rests[kSums] = {}, squares[kSums] = {};
+  const float* h = normed_row<T>(a, scale, row, buffer, [&](Vector v, int k) { sums[k] += v; });
+  const float first_mean = total(sums) / n;
+  over_vectors(cols, [&](int64_t j, auto which, int k) {
+    const Vector d = only(which, load(h + j, which) - first_mean);
+    rests[k] += d;
+    squares[k] += d * d;
+  });
+  const float correction = total(rests) / n;
+  const float variance = total(squares) / n - correction * correction;
+  const float mean = first_mean + correction, rstd = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + a.eps);
+  a.mean[row] = mean;
+  a.rstd[row] = rstd;
+  T* y = static_cast<T*>(a.y) + row * cols;
+  const float *weight = a.weight, *bias = a.bias;
+  over_vectors(cols, [&](int64_t j, auto which, int) {
+    const Vector normed = (load(h + j, which) - mean) * rstd;
+    store(normed * load(weight + j, which) + load(bias + j, which), y + j, which);
+  });
 }
 
 // One row of dx and dresidual, and its addition to the sums of dweight and dbias.
 template <class T, bool kParameters>
-void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* buffer,
-                  float* sums) {
+[[gnu::flatten]] void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* sums) {
   const int64_t cols = a.cols;
   const T* dy = row_of<T>(a.dy, a.dy_stride, row);
   const T* h = row_of<T>(a.h, a.h_stride, row);
-  const float* weight = a.weight;
-  const float mean = a.mean[row], rstd = a.rstd[row];
-  float g_sum = 0, gn_sum = 0;
-  if (dy) {
-    float *dweight = sums, *dbias = sums + cols;
-#pragma omp simd reduction(+ : g_sum, gn_sum)
-    for (int64_t j = 0; j < cols; ++j) {
-      const float d = to_float(dy[j]);
-      const float n = (to_float(h[j]) - mean) * rstd;
-      const float g = d * weight[j];
-      buffer[j] = g;  // stored, so that g - g_mean is exact where the row is constant: no fused multiply-add
-      g_sum += g;
-      gn_sum += g * n;
-      if constexpr (kParameters) {
-        dweight[j] += d * n;
-        dbias[j] += d;
-      }
+  if (!dy) return store_gradients<T>(a, scale, row, [](int64_t, auto) { return Vector{}; });
+  const float *weight = a.weight, mean = a.mean[row], rstd = a.rstd[row];
+  float *dweight = sums, *dbias = sums + cols;
+  Vector g_sums[kSums] = {}, gn_sums[kSums] = {};
+  over_vectors(cols, [&](int64_t j, auto which, int k) {
+    const Vector d = load(dy + j, which), n = (load(h + j, which) - mean) * rstd;
+    const Vector g = rounded(d * load(weight + j, which));
+    g_sums[k] += g;
+    gn_sums[k] += g * n;
+    if constexpr (kParameters) {
+      store(load(dweight + j, which) + d * n, dweight + j, which);
+      store(load(dbias + j, which) + d, dbias + j, which);
     }
-  }
+  });
   if (!a.dx && !a.dresidual) return;
-  const float g_mean = g_sum / static_cast<float>(cols), gn_mean = gn_sum / static_cast<float>(cols);
-  if (dy) {
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      const float n = (to_float(h[j]) - mean) * rstd;
-      buffer[j] = rstd * (buffer[j] - g_mean - n * gn_mean);
-    }
-  } else {
-    std::memset(buffer, 0, static_cast<size_t>(cols) * sizeof(float));
-  }
-  store_gradients<T>(a, scale, row, buffer);
+  const float g_mean = total(g_sums) / static_cast<float>(cols);
+  const float gn_mean = total(gn_sums) / static_cast<float>(cols);
+  store_gradients<T>(a, scale, row, [&](int64_t j, auto which) {
+    const Vector n = (load(h + j, which) - mean) * rstd;
+    const Vector g = rounded(load(dy + j, which) * load(weight + j, which));  // g - g_mean is exact
+    return rstd * (g - g_mean - n * gn_mean);
+  });
 }
 
 }  // namespace
@@ -97,13 +75,7 @@ void layer_norm_forward(const Context& context, const LayerNormForward& a) {
   with_dtype(a.dtype, [&]<class T>() {
     parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
       const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(a.cols)]);
-      for (int64_t row = first; row < last; ++row) {
-        const float* h = normed_row<T>(a, scale, row, buffer.get());
-        const Statistics s = statistics(h, a.cols, a.eps);
-        a.mean[row] = s.mean;
-        a.rstd[row] = s.rstd;
-        normalise_row<T>(h, s, a.weight, a.bias, a.cols, static_cast<T*>(a.y) + row * a.cols);
-      }
+      for (int64_t row = first; row < last; ++row) forward_row<T>(a, scale, row, buffer.get());
     });
   });
 }
@@ -115,12 +87,11 @@ void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_bool(parameters, [&]<bool kParameters>() {
       parallel_tasks(context, blocks, [&](int64_t block) {
-        const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(a.cols)]);
         float* sums = kParameters ? a.partial + 2 * block * a.cols : nullptr;
         if (kParameters) std::memset(sums, 0, static_cast<size_t>(2 * a.cols) * sizeof(float));
         const int64_t last = (block + 1) * a.rows / blocks;
         for (int64_t row = block * a.rows / blocks; row < last; ++row) {
-          backward_row<T, kParameters>(a, scale, row, buffer.get(), sums);
+          backward_row<T, kParameters>(a, scale, row, sums);
         }
       });
     });

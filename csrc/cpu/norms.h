@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "philox.h"
-#include "rows.h"
+#include "row_vectors.h"
 
 namespace fastlm {
 
@@ -14,42 +14,63 @@ const T* row_of(const void* base, int64_t stride, int64_t row) {
   return base ? static_cast<const T*>(base) + row * stride : nullptr;
 }
 
-// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`.
-template <class T, class Args>
-const float* normed_row(const Args& a, const DropoutScale& scale, int64_t row, float* buffer) {
+// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`. each(h, k)
+// is called with every vector of it, in which lanes past the row are 0, and the partial sum to add to.
+template <class T, class Args, class F>
+const float* normed_row(const Args& a, const DropoutScale& scale, int64_t row, float* buffer, const F& each) {
+  const int64_t cols = a.cols;
   const T* x = row_of<T>(a.x, a.x_stride, row);
-  const T* residual = row_of<T>(a.residual, a.residual_stride, row);
   if constexpr (std::is_same_v<T, float>) {
-    if (!a.h) return x;
-  }
-  load_row(x, a.cols, buffer);
-  if (a.dropout.p > 0) scale.apply(row, 0, a.cols, buffer);
-  if (residual) {
-#pragma omp simd
-    for (int64_t j = 0; j < a.cols; ++j) buffer[j] += to_float(residual[j]);
-  }
-  if (a.h) {
-    T* h = static_cast<T*>(a.h) + row * a.cols;
-#pragma omp simd
-    for (int64_t j = 0; j < a.cols; ++j) {
-      h[j] = from_float<T>(buffer[j]);
-      buffer[j] = to_float(h[j]);
+    if (!a.h) {
+      over_vectors(cols, [&](int64_t j, auto which, int k) { each(load(x + j, which), k); });
+      return x;
     }
+  }
+  const T* residual = row_of<T>(a.residual, a.residual_stride, row);
+  T* h = a.h ? static_cast<T*>(a.h) + row * cols : nullptr;
+  const bool dropout = a.dropout.p > 0;
+  for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
+    float scales[kPhiloxNumbers];
+    if (dropout) scale.columns(row, begin, scales);
+    over_vectors(std::min<int64_t>(kPhiloxNumbers, cols - begin), [&](int64_t i, auto which, int k) {
+      const int64_t j = begin + i;
+      Vector v = load(x + j, which);
+      if (dropout) v *= load_vector(scales + i);
+      if (residual) v += load(residual + j, which);
+      if (h) {
+        store(v, h + j, which);
+        v = load(h + j, which);  // rounded to T
+      }
+      store(v, buffer + j, which);
+      each(v, k);
+    });
   }
   return buffer;
 }
 
-// From `buffer`, the norm's own gradient of one row of h, to that row of dresidual and dx.
-template <class T, class Args>
-void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, float* buffer) {
-  if (const T* dh = row_of<T>(a.dh, a.dh_stride, row)) {
-#pragma omp simd
-    for (int64_t j = 0; j < a.cols; ++j) buffer[j] += to_float(dh[j]);
+// Writes one row of dresidual and dx. gradient(j, which) is a vector of the norm's own gradient.
+template <class T, class Args, class F>
+void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, const F& gradient) {
+  const int64_t cols = a.cols;
+  const T* dh = row_of<T>(a.dh, a.dh_stride, row);
+  T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
+  T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
+  const auto piece = [&](int64_t begin, int64_t n, const float* scales) {
+    over_vectors(n, [&](int64_t i, auto which, int) {
+      const int64_t j = begin + i;
+      Vector v = gradient(j, which);
+      if (dh) v += load(dh + j, which);
+      if (dresidual) store(v, dresidual + j, which);
+      if (scales) v *= load_vector(scales + i);
+      if (dx) store(v, dx + j, which);
+    });
+  };
+  if (!dx || a.dropout.p == 0) return piece(0, cols, nullptr);
+  for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
+    float scales[kPhiloxNumbers];
+    scale.columns(row, begin, scales);
+    piece(begin, std::min<int64_t>(kPhiloxNumbers, cols - begin), scales);
   }
-  if (a.dresidual) store_row(buffer, a.cols, static_cast<T*>(a.dresidual) + row * a.cols);
-  if (!a.dx) return;
-  if (a.dropout.p > 0) scale.apply(row, 0, a.cols, buffer);
-  store_row(buffer, a.cols, static_cast<T*>(a.dx) + row * a.cols);
 }
 
 }  // namespace fastlm

@@ -145,12 +145,16 @@ class DropoutScale {
     for (int i = 0; i < kPhiloxNumbers; ++i) scales[i] = numbers[i] >= threshold ? scale : 0.0f;
   }
 
+  void columns(int64_t row, int64_t begin, float* scales) const {
+    const uint64_t r = static_cast<uint64_t>(row);
+    columns(static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), begin, scales);
+  }
+
   // values[i] *= the scale of column begin + i of `row`, i in [0, n); begin is a multiple of 4.
   [[gnu::noinline]] void apply(int64_t row, int64_t begin, int64_t n, float* values) const {
-    const uint64_t r = static_cast<uint64_t>(row);
     float scales[kPhiloxNumbers];
     for (int64_t i = 0; i < n; i += kPhiloxNumbers) {
-      columns(static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), begin + i, scales);
+      columns(row, begin + i, scales);
       const int64_t count = n - i < kPhiloxNumbers ? n - i : kPhiloxNumbers;
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k) values[i + k] *= scales[k];

@@ -13,45 +13,39 @@ namespace fastlm {
 namespace {
 
 template <class T>
-void forward_row(const RmsNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
+[[gnu::flatten]] void forward_row(const RmsNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
   const int64_t cols = a.cols;
-  const float* h = normed_row<T>(a, scale, row, buffer);
-  const float squares = lane_sum(cols, [h](int64_t j) { return h[j] * h[j]; });
-  const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(cols) + a.eps);
+  Vector squares[kSums] = {};
+  const float* h = normed_row<T>(a, scale, row, buffer, [&](Vector v, int k) { squares[k] += v * v; });
+  const float rstd = 1.0f / std::sqrt(total(squares) / static_cast<float>(cols) + a.eps);
   a.rstd[row] = rstd;
   T* y = static_cast<T*>(a.y) + row * cols;
-  float* values = results_of(y, buffer);
   const float *weight = a.weight, offset = a.weight_offset;
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) values[j] = h[j] * rstd * (weight[j] + offset);
-  if constexpr (!std::is_same_v<T, float>) store_row(values, cols, y);
+  over_vectors(cols, [&](int64_t j, auto which, int) {
+    store(load(h + j, which) * rstd * (load(weight + j, which) + offset), y + j, which);
+  });
 }
 
 // One row of dx and dresidual, and its addition to the sums of dweight (null where that is not wanted).
-template <class T>
-void backward_row(const RmsNormBackward& a, const DropoutScale& scale, int64_t row, float* buffer,
-                  float* sums) {
+template <class T, bool kParameters>
+[[gnu::flatten]] void backward_row(const RmsNormBackward& a, const DropoutScale& scale, int64_t row, float* sums) {
   const int64_t cols = a.cols;
-  float *dy_buffer = buffer + cols, *h_buffer = dy_buffer + cols;
+  const T* dy = row_of<T>(a.dy, a.dy_stride, row);
+  const T* h = row_of<T>(a.h, a.h_stride, row);
+  if (!dy) return store_gradients<T>(a, scale, row, [](int64_t, auto) { return Vector{}; });
   const float *weight = a.weight, offset = a.weight_offset, rstd = a.rstd[row];
-  if (!a.dy) {
-    std::memset(buffer, 0, static_cast<size_t>(cols) * sizeof(float));
-    return store_gradients<T>(a, scale, row, buffer);
-  }
-  const float* dy = float_row(row_of<T>(a.dy, a.dy_stride, row), cols, dy_buffer);
-  const float* h = float_row(row_of<T>(a.h, a.h_stride, row), cols, h_buffer);
-  if (sums) {
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) sums[j] += dy[j] * (h[j] * rstd);
-  }
+  Vector products[kSums] = {};
+  over_vectors(cols, [&](int64_t j, auto which, int k) {
+    const Vector dn = load(dy + j, which) * (load(h + j, which) * rstd);
+    products[k] += dn * (load(weight + j, which) + offset);
+    if constexpr (kParameters) store(load(sums + j, which) + dn, sums + j, which);
+  });
   if (!a.dx && !a.dresidual) return;
-  const auto product = [=](int64_t j) { return dy[j] * (weight[j] + offset) * (h[j] * rstd); };
-  const float mean = lane_sum(cols, product) / static_cast<float>(cols);
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) {
-    buffer[j] = rstd * (dy[j] * (weight[j] + offset) - h[j] * rstd * mean);
-  }
-  store_gradients<T>(a, scale, row, buffer);
+  const float mean = total(products) / static_cast<float>(cols);
+  store_gradients<T>(a, scale, row, [&](int64_t j, auto which) {
+    const Vector g = load(dy + j, which) * (load(weight + j, which) + offset);
+    return rstd * (g - load(h + j, which) * rstd * mean);
+  });
 }
 
 }  // namespace
@@ -70,14 +64,15 @@ void rms_norm_backward(const Context& context, const RmsNormBackward& a) {
   const DropoutScale scale(a.dropout);
   const int64_t blocks = row_blocks(a.rows);
   with_dtype(a.dtype, [&]<class T>() {
-    parallel_tasks(context, blocks, [&](int64_t block) {
-      const std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(3 * a.cols)]);
-      float* sums = a.dweight ? a.partial + block * a.cols : nullptr;
-      if (sums) std::memset(sums, 0, static_cast<size_t>(a.cols) * sizeof(float));
-      const int64_t last = (block + 1) * a.rows / blocks;
-      for (int64_t row = block * a.rows / blocks; row < last; ++row) {
-        backward_row<T>(a, scale, row, buffer.get(), sums);
-      }
+    with_bool(a.dweight != nullptr, [&]<bool kParameters>() {
+      parallel_tasks(context, blocks, [&](int64_t block) {
+        float* sums = kParameters ? a.partial + block * a.cols : nullptr;
+        if (kParameters) std::memset(sums, 0, static_cast<size_t>(a.cols) * sizeof(float));
+        const int64_t last = (block + 1) * a.rows / blocks;
+        for (int64_t row = block * a.rows / blocks; row < last; ++row) {
+          backward_row<T, kParameters>(a, scale, row, sums);
+        }
+      });
     });
   });
   add_blocks(context, a.partial, a.cols, blocks, a.cols, a.dweight);

@@ -1,5 +1,5 @@
-// One vector of float32 from kLanes numbers of any type. With intrinsics where GCC 12 would convert one by
-// one.
+// One vector of float32 from kLanes numbers of any type, and back. With intrinsics where GCC 12 would convert
+// one by one.
 #pragma once
 
 #include "rows.h"
@@ -39,6 +39,46 @@ Vector load_vector(const T* p) {
   Vector v;
   for (int lane = 0; lane < kLanes; ++lane) v[lane] = to_float(p[lane]);
   return v;
+}
+#endif
+
+inline void store_vector(Vector v, float* p) { *reinterpret_cast<Vector*>(p) = v; }
+
+#if defined(__AVX512F__)
+inline void store_vector(Vector v, BFloat16* p) {
+  const __m512 x = reinterpret_cast<__m512>(v);
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i words = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+}
+inline void store_vector(Vector v, Half* p) {
+  const __m256i halves = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+#elif defined(__AVX2__)
+inline void store_vector(Vector v, BFloat16* p) {
+  const __m256 x = reinterpret_cast<__m256>(v);
+  const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store_vector(Vector v, Half* p) {
+  const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
+#else
+template <class T>
+void store_vector(Vector v, T* p) {
+  for (int lane = 0; lane < kLanes; ++lane) p[lane] = from_float<T>(v[lane]);
 }
 #endif
 
