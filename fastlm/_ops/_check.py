@@ -39,6 +39,9 @@ def parameter(op: str, name: str, t, size: int, x: Tensor) -> None:
     """t must be None or a vector of `size` on x's device, in x's dtype or (x being half) float32."""
     if t is None:
         return
+    if isinstance(t, Tensor) and t.dtype is x.dtype and t.layout is _STRIDED and not t.is_nested:
+        if t.shape == (size,) and (t.is_cpu and x.is_cpu or t.device == x.device):  # is_cpu: a third of the time
+            return
     floating(op, name, t)
     if t.shape != (size,) or t.device != x.device:
         raise ValueError(f"{op}: {name} must have shape ({size},) on {x.device}, got {got(t)}")
