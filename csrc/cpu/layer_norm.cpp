@@ -14,7 +14,8 @@ namespace {
 // One row. The second pass over h also sums h - mean: that corrects the first mean's rounding, which a large
 // offset makes large.
 template <class T>
-[[gnu::flatten]] void forward_row(const LayerNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
+[[gnu::flatten]] void forward_row(const LayerNormForward& a, const DropoutScale& scale, int64_t row,
+                                  float* buffer) {
   const int64_t cols = a.cols;
   const float n = static_cast<float>(cols);
   Vector sums[kSums] = {}, rests[kSums] = {}, squares[kSums] = {};
@@ -32,15 +33,17 @@ template <class T>
   a.rstd[row] = rstd;
   T* y = static_cast<T*>(a.y) + row * cols;
   const float *weight = a.weight, *bias = a.bias;
+  const bool stream = streams_rows<T>(a, a.y);
   over_vectors(cols, [&](int64_t j, auto which, int) {
     const Vector normed = (load(h + j, which) - mean) * rstd;
-    store(normed * load(weight + j, which) + load(bias + j, which), y + j, which);
+    store_result(normed * load(weight + j, which) + load(bias + j, which), y + j, which, stream);
   });
 }
 
 // One row of dx and dresidual, and its addition to the sums of dweight and dbias.
 template <class T, bool kParameters>
-[[gnu::flatten]] void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row, float* sums) {
+[[gnu::flatten]] void backward_row(const LayerNormBackward& a, const DropoutScale& scale, int64_t row,
+                                   float* sums) {
   const int64_t cols = a.cols;
   const T* dy = row_of<T>(a.dy, a.dy_stride, row);
   const T* h = row_of<T>(a.h, a.h_stride, row);

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "philox.h"
-#include "row_vectors.h"
+#include "streaming.h"
 
 namespace fastlm {
 
@@ -14,8 +14,8 @@ const T* row_of(const void* base, int64_t stride, int64_t row) {
   return base ? static_cast<const T*>(base) + row * stride : nullptr;
 }
 
-// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`. each(h, k)
-// is called with every vector of it, in which lanes past the row are 0, and the partial sum to add to.
+// h of one row in float32: x itself where nothing has to be done to it, else computed into `buffer`. each(h,
+// k) is called with every vector of it, in which lanes past the row are 0, and the partial sum to add to.
 template <class T, class Args, class F>
 const float* normed_row(const Args& a, const DropoutScale& scale, int64_t row, float* buffer, const F& each) {
   const int64_t cols = a.cols;
@@ -55,14 +55,15 @@ void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, cons
   const T* dh = row_of<T>(a.dh, a.dh_stride, row);
   T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
+  const bool stream = streams_rows<T>(a, a.dx ? a.dx : a.dresidual);
   const auto piece = [&](int64_t begin, int64_t n, const float* scales) {
     over_vectors(n, [&](int64_t i, auto which, int) {
       const int64_t j = begin + i;
       Vector v = gradient(j, which);
       if (dh) v += load(dh + j, which);
-      if (dresidual) store(v, dresidual + j, which);
+      if (dresidual) store_result(v, dresidual + j, which, stream);
       if (scales) v *= load_vector(scales + i);
-      if (dx) store(v, dx + j, which);
+      if (dx) store_result(v, dx + j, which, stream);
     });
   };
   if (!dx || a.dropout.p == 0) return piece(0, cols, nullptr);

@@ -13,7 +13,8 @@ namespace fastlm {
 namespace {
 
 template <class T>
-[[gnu::flatten]] void forward_row(const RmsNormForward& a, const DropoutScale& scale, int64_t row, float* buffer) {
+[[gnu::flatten]] void forward_row(const RmsNormForward& a, const DropoutScale& scale, int64_t row,
+                                  float* buffer) {
   const int64_t cols = a.cols;
   Vector squares[kSums] = {};
   const float* h = normed_row<T>(a, scale, row, buffer, [&](Vector v, int k) { squares[k] += v * v; });
@@ -21,14 +22,17 @@ template <class T>
   a.rstd[row] = rstd;
   T* y = static_cast<T*>(a.y) + row * cols;
   const float *weight = a.weight, offset = a.weight_offset;
+  const bool stream = streams_rows<T>(a, a.y);
   over_vectors(cols, [&](int64_t j, auto which, int) {
-    store(load(h + j, which) * rstd * (load(weight + j, which) + offset), y + j, which);
+    const Vector w = load(weight + j, which) + offset;
+    store_result(load(h + j, which) * rstd * w, y + j, which, stream);
   });
 }
 
 // One row of dx and dresidual, and its addition to the sums of dweight (null where that is not wanted).
 template <class T, bool kParameters>
-[[gnu::flatten]] void backward_row(const RmsNormBackward& a, const DropoutScale& scale, int64_t row, float* sums) {
+[[gnu::flatten]] void backward_row(const RmsNormBackward& a, const DropoutScale& scale, int64_t row,
+                                   float* sums) {
   const int64_t cols = a.cols;
   const T* dy = row_of<T>(a.dy, a.dy_stride, row);
   const T* h = row_of<T>(a.h, a.h_stride, row);

@@ -27,12 +27,20 @@ class FlushDenormals {
 #endif
 };
 
+// Results that a task wrote past the caches (streaming.h) are there before its end is.
+inline void wait_for_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Runs f(index) for every index in [0, tasks), denormals flushed. A single task stays on this thread.
 template <class F>
 void parallel_tasks(const Context& context, int64_t tasks, const F& f) {
   const auto task = [](const void* self, int64_t index) {
     FlushDenormals flush;
     (*static_cast<const F*>(self))(index);
+    wait_for_stores();
   };
   if (tasks == 1) return task(&f, 0);
   context.parallel(tasks, task, &f);

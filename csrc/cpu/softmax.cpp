@@ -6,7 +6,7 @@
 #include <cstring>
 #include <memory>
 
-#include "rows.h"
+#include "streaming.h"
 
 namespace fastlm {
 namespace {
@@ -59,15 +59,28 @@ void gradient_row(const float* dy, const float* y, float scale, int64_t n, int64
   for (int64_t j = 0; j < wide; ++j) dx[j] = scale * y[j] * (dy[j] - sum);
 }
 
+// Where a row's results are computed: in the output itself, or in `buffer` on their way to finish_row.
+template <class T>
+float* results_row(T* out, float* buffer, bool stream) {
+  return stream ? buffer : results_of(out, buffer);
+}
+
 // Writes the n columns that `values` holds, unless they are there already, and zeros after them.
 template <class T>
-void finish_row(const float* values, int64_t n, int64_t cols, T* out) {
+void finish_row(float* values, int64_t n, int64_t cols, T* out, bool stream) {
+  if (stream) {
+    const int64_t end = round_up(n, kLanes);
+    std::fill(values + n, values + end, 0.0f);
+    for (int64_t j = 0; j < end; j += kLanes) stream_vector(load_vector(values + j), out + j);
+    for (int64_t j = end; j < cols; j += kLanes) stream_vector(Vector{}, out + j);
+    return;
+  }
   if constexpr (!std::is_same_v<T, float>) store_row(values, n, out);
   std::memset(static_cast<void*>(out + n), 0, static_cast<size_t>(cols - n) * sizeof(T));
 }
 
 template <class T>
-void forward_row(const SoftmaxForward& a, int64_t row, float* buffer, uint8_t* gathered) {
+void forward_row(const SoftmaxForward& a, int64_t row, float* buffer, uint8_t* gathered, bool stream) {
   const int64_t stride = a.mask.col_stride;
   int64_t n = attended(a.causal, row, a.cols);
   const uint8_t* keep = a.mask.data ? mask_row(a.mask, row) : nullptr;
@@ -79,26 +92,34 @@ void forward_row(const SoftmaxForward& a, int64_t row, float* buffer, uint8_t* g
     keep = gathered;
   }
   T* y = static_cast<T*>(a.y) + row * a.cols;
-  float* results = results_of(y, buffer);
+  float* results = results_row(y, buffer, stream);
   const int64_t wide = whole_vectors(n, a.cols);
-  const float* x = float_row(static_cast<const T*>(a.x) + row * a.x_stride, wide, buffer);
+  const T* source = static_cast<const T*>(a.x) + row * a.x_stride;
+  if (row + 1 < a.rows) prefetch_row(source + a.x_stride, n);
+  const float* x = float_row(source, wide, buffer);
   if (keep) {
     softmax_row<true>(x, keep, a.scale, n, wide, results);
   } else {
     softmax_row<false>(x, keep, a.scale, n, wide, results);
   }
-  finish_row(results, n, a.cols, y);
+  finish_row(results, n, a.cols, y, stream);
 }
 
 template <class T>
-void backward_row(const SoftmaxBackward& a, int64_t row, float* buffer) {
+void backward_row(const SoftmaxBackward& a, int64_t row, float* buffer, bool stream) {
   const int64_t n = attended(a.causal, row, a.cols), wide = whole_vectors(n, a.cols);
-  const float* dy = float_row(static_cast<const T*>(a.dy) + row * a.dy_stride, wide, buffer);
-  const float* y = float_row(static_cast<const T*>(a.y) + row * a.y_stride, wide, buffer + a.cols);
+  const T* dy_source = static_cast<const T*>(a.dy) + row * a.dy_stride;
+  const T* y_source = static_cast<const T*>(a.y) + row * a.y_stride;
+  if (row + 1 < a.rows) {
+    prefetch_row(dy_source + a.dy_stride, n);
+    prefetch_row(y_source + a.y_stride, n);
+  }
+  const float* dy = float_row(dy_source, wide, buffer);
+  const float* y = float_row(y_source, wide, buffer + a.cols);
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
-  float* results = results_of(dx, buffer);
+  float* results = results_row(dx, buffer, stream);
   gradient_row(dy, y, a.scale, n, wide, results);
-  finish_row(results, n, a.cols, dx);
+  finish_row(results, n, a.cols, dx, stream);
 }
 
 }  // namespace
@@ -106,21 +127,27 @@ void backward_row(const SoftmaxBackward& a, int64_t row, float* buffer) {
 void softmax_forward(const Context& context, const SoftmaxForward& a) {
   const bool gathers = a.mask.data && a.mask.col_stride > 1;
   with_dtype(a.dtype, [&]<class T>() {
+    const bool stream = streams_rows<T>(a, a.y);
     parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
       const size_t cols = static_cast<size_t>(a.cols);
-      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> ? 0 : cols]);
+      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> && !stream ? 0 : cols]);
       const std::unique_ptr<uint8_t[]> gathered(new uint8_t[gathers ? cols : 0]);
-      for (int64_t row = first; row < last; ++row) forward_row<T>(a, row, buffer.get(), gathered.get());
+      for (int64_t row = first; row < last; ++row) {
+        forward_row<T>(a, row, buffer.get(), gathered.get(), stream);
+      }
     });
   });
 }
 
 void softmax_backward(const Context& context, const SoftmaxBackward& a) {
   with_dtype(a.dtype, [&]<class T>() {
+    const bool stream = streams_rows<T>(a, a.dx);
     parallel_rows(context, a.rows, a.cols, [&](int64_t first, int64_t last) {
       const size_t cols = static_cast<size_t>(a.cols);
-      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> ? 0 : 2 * cols]);
-      for (int64_t row = first; row < last; ++row) backward_row<T>(a, row, buffer.get());
+      const std::unique_ptr<float[]> buffer(new float[std::is_same_v<T, float> && !stream ? 0 : 2 * cols]);
+      for (int64_t row = first; row < last; ++row) {
+        backward_row<T>(a, row, buffer.get(), stream);
+      }
     });
   });
 }

@@ -1,0 +1,81 @@
+// Results written past the caches, where they would not be found again: a plain store reads its cache line
+// from memory first, which makes three transfers out of a copy's two. Measured on 48 MB: 1.33 times the copy
+// rate; on 12 MB, beside a cache of 32 MB, nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "row_vectors.h"
+
+#if defined(__SSE2__)
+#include <unistd.h>
+#endif
+
+namespace fastlm {
+
+// Whether an output is written past the caches: it is larger than a quarter of the last-level cache (other
+// cores share it), so that the next op would find little of it there, and pieces of `piece` bytes from
+// `begin` on are whole cache lines.
+inline bool streams(const void* begin, int64_t bytes, int64_t piece) {
+#if defined(__SSE2__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where that is not known
+  constexpr int64_t kUsual = 32 << 20, kLineBytes = 64;
+  return bytes > (cache > 0 ? cache : kUsual) / 4 && piece % kLineBytes == 0 &&
+         reinterpret_cast<uintptr_t>(begin) % kLineBytes == 0;
+#else
+  return begin == nullptr && bytes < 0 && piece < 0;
+#endif
+}
+
+// The same of `result`, rows of a kernel's arguments.
+template <class T, class Args>
+bool streams_rows(const Args& a, const void* result) {
+  const int64_t row_bytes = a.cols * static_cast<int64_t>(sizeof(T));
+  return streams(result, a.rows * row_bytes, row_bytes);
+}
+
+// Stores of whole vectors to aligned places, around the caches.
+#if defined(__AVX512F__)
+inline void stream_vector(Vector v, float* p) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+#elif defined(__AVX2__)
+inline void stream_vector(Vector v, float* p) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+#elif defined(__SSE2__)
+inline void stream_vector(Vector v, float* p) { _mm_stream_ps(p, reinterpret_cast<__m128>(v)); }
+#else
+inline void stream_vector(Vector v, float* p) { store_vector(v, p); }
+#endif
+
+// Half precision: half a vector's bytes, which only the wider instruction sets can stream.
+template <class T>
+void stream_vector(Vector v, T* p) {
+  alignas(64) T words[kLanes];
+  store_vector(v, words);
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(words));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(words));
+#else
+  std::copy(words, words + kLanes, p);
+#endif
+}
+
+// A kernel's result: `stream` is what streams() said of the output.
+template <class T>
+void store_result(Vector v, T* p, Whole which, bool stream) {
+  if (stream) return stream_vector(v, p);
+  store(v, p, which);
+}
+
+template <class T>
+void store_result(Vector v, T* p, Part which, bool) {
+  store(v, p, which);
+}
+
+// Asks for n elements to be in the second-level cache soon.
+template <class T>
+void prefetch_row(const T* row, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+}  // namespace fastlm
