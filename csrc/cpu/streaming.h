@@ -7,24 +7,18 @@
 
 #include "row_vectors.h"
 
-#if defined(__SSE2__)
-#include <unistd.h>
-#endif
-
 namespace fastlm {
 
-// Whether an output is written past the caches: it is larger than a quarter of the last-level cache (other
-// cores share it), so that the next op would find little of it there, and pieces of `piece` bytes from
-// `begin` on are whole cache lines.
+// Larger outputs are written past the caches: a third-level cache has a few MB for each core, so that the
+// next op would find little of them there. A constant, for what sysconf says of a virtual machine's cache may
+// be ten times too much.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+// Whether an output of `bytes` is: it is large, and pieces of `piece` bytes from `begin` on are whole lines.
 inline bool streams(const void* begin, int64_t bytes, int64_t piece) {
-#if defined(__SSE2__) && defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where that is not known
-  constexpr int64_t kUsual = 32 << 20, kLineBytes = 64;
-  return bytes > (cache > 0 ? cache : kUsual) / 4 && piece % kLineBytes == 0 &&
-         reinterpret_cast<uintptr_t>(begin) % kLineBytes == 0;
-#else
-  return begin == nullptr && bytes < 0 && piece < 0;
-#endif
+  constexpr int64_t kLineBytes = 64;
+  const bool whole = piece % kLineBytes == 0 && reinterpret_cast<uintptr_t>(begin) % kLineBytes == 0;
+  return bytes > kStreamedBytes && whole;
 }
 
 // The same of `result`, rows of a kernel's arguments.
