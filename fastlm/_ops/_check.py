@@ -40,7 +40,9 @@ def parameter(op: str, name: str, t, size: int, x: Tensor) -> None:
     if t is None:
         return
     if isinstance(t, Tensor) and t.dtype is x.dtype and t.layout is _STRIDED and not t.is_nested:
-        if t.shape == (size,) and (t.is_cpu and x.is_cpu or t.device == x.device):  # is_cpu: a third of the time
+        if t.shape == (size,) and (
+            t.is_cpu and x.is_cpu or t.device == x.device
+        ):  # is_cpu: a third of the time
             return
     floating(op, name, t)
     if t.shape != (size,) or t.device != x.device:
