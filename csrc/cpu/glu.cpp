@@ -56,8 +56,9 @@ void over_pieces(const Context& context, int64_t rows, int64_t cols, const F& f)
 void glu(const Context& context, const Glu& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      over_pieces(context, a.rows, a.cols,
-                  [&](int64_t row, int64_t begin, int64_t n) { forward_piece<T, Act>(a, row, begin, n); });
+      over_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+        forward_piece<Unordered<T>, Act>(a, row, begin, n);
+      });
     });
   });
 }
@@ -65,8 +66,9 @@ void glu(const Context& context, const Glu& a) {
 void glu_backward(const Context& context, const GluBackward& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      over_pieces(context, a.rows, a.cols,
-                  [&](int64_t row, int64_t begin, int64_t n) { backward_piece<T, Act>(a, row, begin, n); });
+      over_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+        backward_piece<Unordered<T>, Act>(a, row, begin, n);
+      });
     });
   });
 }

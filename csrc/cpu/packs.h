@@ -126,8 +126,18 @@ FASTLM_INLINE Pack exp_bounded(const Pack& x) {
   });
 }
 
+// How packs of each type are read and written. Without AVX2, converting is left to the loops of rows.h.
+FASTLM_INLINE Pack load_pack(const float* p) {
+  return pack_of([&](int i) { return load_vector(p + i * kLanes); });
+}
 FASTLM_INLINE void store_pack(const Pack& x, float* out) {
   each_vector([&](int i) { *reinterpret_cast<Vector*>(out + i * kLanes) = x.v[i]; });
+}
+
+#if defined(__AVX2__)
+template <class T>
+FASTLM_INLINE Pack load_pack(const T* p) {
+  return pack_of([&](int i) { return load_vector(p + i * kLanes); });
 }
 
 FASTLM_INLINE void store_pack(const Pack& x, BFloat16* out) {
@@ -143,7 +153,7 @@ FASTLM_INLINE void store_pack(const Pack& x, BFloat16* out) {
     const __m512i high = _mm512_srli_epi32(reinterpret_cast<__m512i>(rounded.v[i]), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), _mm512_cvtepi32_epi16(high));
   });
-#elif defined(__AVX2__)
+#else
   const auto store_two = [&](int i) {
     const __m256i first = _mm256_srli_epi32(reinterpret_cast<__m256i>(rounded.v[i]), 16);
     const __m256i second = _mm256_srli_epi32(reinterpret_cast<__m256i>(rounded.v[i + 1]), 16);
@@ -152,31 +162,73 @@ FASTLM_INLINE void store_pack(const Pack& x, BFloat16* out) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), quarters);
   };
   store_two(0), store_two(2);
-#else
-  for (int i = 0; i < kPackNumbers; ++i) {
-    const float upper = rounded.v[i / kLanes][i % kLanes];
-    out[i] = {static_cast<uint16_t>(std::bit_cast<uint32_t>(upper) >> 16)};
-  }
 #endif
 }
 
 FASTLM_INLINE void store_pack(const Pack& x, Half* out) {
-#if defined(__AVX512F__)
   each_vector([&](int i) {
+#if defined(__AVX512F__)
     const __m256i halves = _mm512_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), halves);
-  });
-#elif defined(__F16C__)
-  each_vector([&](int i) {
+#else
     const __m128i halves = _mm256_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kLanes), halves);
+#endif
   });
+}
 #else
+template <class T>
+Pack load_pack(const T* p) {
+  float numbers[kPackNumbers];
+  load_row(p, kPackNumbers, numbers);
+  return load_pack(numbers);
+}
+template <class T>
+void store_pack(const Pack& x, T* out) {
   float numbers[kPackNumbers];
   store_pack(x, numbers);
   store_row(numbers, kPackNumbers, out);
-#endif
 }
+#endif
+
+// Unordered<T> is T where all that is read and written has this type, so that the order of numbers in a pack
+// does not matter: of bfloat16, one vector is then the even and the next the odd ones of 16, half as much
+// work as to put them in order. glu silu 0.67 -> 0.50 ns an element forward, 1.05 -> 0.89 backward.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct UnorderedBFloat16 {
+  uint16_t bits;
+};
+
+FASTLM_INLINE Pack load_pack(const UnorderedBFloat16* p) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  const __m256i odd = _mm256_set1_epi32(-0x10000);
+  return {{reinterpret_cast<Vector>(_mm256_slli_epi32(low, 16)), reinterpret_cast<Vector>(low & odd),
+           reinterpret_cast<Vector>(_mm256_slli_epi32(high, 16)), reinterpret_cast<Vector>(high & odd)}};
+}
+
+// Rounded to nearest even in words of 16 bits: the upper one grows where the lower one is above one half, or
+// at one half and the upper one odd. NaNs that come from bfloat16 have a lower word of 0 and stay.
+FASTLM_INLINE void store_pack(const Pack& x, UnorderedBFloat16* out) {
+  const auto store_two = [&](int i) {
+    const __m256i even = reinterpret_cast<__m256i>(x.v[i]), odd = reinterpret_cast<__m256i>(x.v[i + 1]);
+    const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+    const __m256i lower = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+    const __m256i last_bit = upper & _mm256_set1_epi16(1);
+    // There is no comparison of unsigned words: both sides less one half.
+    const __m256i one_less = _mm256_cmpgt_epi16(lower ^ _mm256_set1_epi16(-0x8000),
+                                                _mm256_sub_epi16(_mm256_setzero_si256(), last_bit));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), _mm256_sub_epi16(upper, one_less));
+  };
+  store_two(0), store_two(2);
+}
+
+template <class T>
+using Unordered = std::conditional_t<std::is_same_v<T, BFloat16>, UnorderedBFloat16, T>;
+#else
+template <class T>
+using Unordered = T;
+#endif
 
 // How much of a pack lies in memory: all of it, or its first n numbers.
 struct Whole {};
@@ -186,13 +238,13 @@ struct First {
 
 template <class T>
 FASTLM_INLINE Pack load_pack(const T* p, Whole) {
-  return pack_of([&](int i) { return load_vector(p + i * kLanes); });
+  return load_pack(p);
 }
 template <class T>
 FASTLM_INLINE Pack load_pack(const T* p, First size) {
   T numbers[kPackNumbers] = {};
   std::copy_n(p, size.n, numbers);
-  return load_pack(numbers, Whole{});
+  return load_pack(numbers);
 }
 
 template <class T>
