@@ -55,6 +55,32 @@ def test_halves_of_a_packed_projection_are_read_in_place():
     ]
 
 
+def _every_normal_bfloat16(count: int) -> torch.Tensor:
+    """bfloat16 numbers of random bits, subnormals made 1: the kernels flush them."""
+    bits = torch.randint(-(2**15), 2**15, (count,), generator=torch.Generator().manual_seed(count))
+    x = bits.to(torch.int16).view(torch.bfloat16)
+    return torch.where((x.abs() < 2**-126) & (x != 0), 1.0, x)
+
+
+def test_bfloat16_results_are_rounded_as_torch_rounds_them():
+    gate, up = _every_normal_bfloat16(2**18 + 5), _every_normal_bfloat16(2**18 + 5).roll(1)
+    exact = gate.float().relu() * up.float()
+    normal = (exact.abs() >= 2**-126) | (exact == 0)
+    got = glu(gate, up, "relu", backend="cpu")
+    assert torch.equal(got[normal], exact.bfloat16()[normal])
+    assert got[exact.isnan()].isnan().all() and exact.isnan().any()
+
+
+@pytest.mark.parametrize("activation", TWINS)
+def test_every_bfloat16_nan_stays_nan(activation):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    nan = every[every.isnan()]
+    pair = [nan.clone().requires_grad_(), torch.ones_like(nan).requires_grad_()]
+    y = glu(*pair, activation, backend="cpu")
+    (dup,) = torch.autograd.grad(y.sum(), pair[1])
+    assert y.isnan().all() and dup.isnan().all()
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_gradient_alone_is_the_same_gradient(which):
     pair = _pair(70, 41)

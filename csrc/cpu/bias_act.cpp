@@ -17,43 +17,46 @@ constexpr int64_t kPiece = 1024;  // columns; a multiple of kPhiloxNumbers, 4 KB
 // Stands for a bias that was not given: adding it costs less than a second code path.
 constexpr float kZeros[kPiece] = {};
 
-// Columns [begin, begin + n) of a row. float32 is read and written in place, without the buffer.
+// Columns [begin, begin + n) of a row. With dropout the results pass through a buffer of float32.
 template <class T, class Act>
 void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
-  float buffer[kPiece];
-  const float* x = float_row(static_cast<const T*>(a.x) + row * a.x_stride + begin, n, buffer);
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
-  float* values = results_of(y, buffer);
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) values[j] = Act::value(x[j] + bias[j]);
-  if (a.dropout.p > 0) scale.apply(row, begin, n, values);
-  if constexpr (!std::is_same_v<T, float>) store_row(values, n, y);
+  const auto write = [&](auto* to) {
+    over_packs(n, [=](int64_t j, auto size) {
+      store_pack(Act::value(load_pack(x + j, size) + load_pack(bias + j, size)), to + j, size);
+    });
+  };
+  if (a.dropout.p == 0) return write(y);
+  float buffer[kPiece];
+  write(buffer);
+  scale.apply(row, begin, n, buffer);
+  store_row(buffer, n, y);
 }
 
-// sums: where to add the piece of dbias, or null.
+// sums: where to add the piece of dbias.
 template <class T, class Act>
 void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t row, int64_t begin,
                     int64_t n, float* sums) {
-  float x_buffer[kPiece], buffer[kPiece];
-  const float* x = float_row(static_cast<const T*>(a.x) + row * a.x_stride + begin, n, x_buffer);
-  const float* dy = float_row(static_cast<const T*>(a.dy) + row * a.dy_stride + begin, n, buffer);
+  T unused[kPiece];
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
+  const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
-  T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.cols + begin : nullptr;
-  float* grads = dx ? results_of(dx, buffer) : buffer;
-  if (a.dropout.p > 0) {
-    if (dy != buffer) std::copy(dy, dy + n, buffer);
-    scale.apply(row, begin, n, buffer);
-    dy = buffer;
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) grads[j] = Act::gradient(x[j] + bias[j], dy[j]);
-  if constexpr (!std::is_same_v<T, float>) {
-    if (dx) store_row(grads, n, dx);
-  }
-  if (!sums) return;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sums[j] += grads[j];
+  T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.cols + begin : unused;
+  const auto write = [&](const auto* gradient) {
+    over_packs(n, [=](int64_t j, auto size) {
+      const Pack z = load_pack(x + j, size) + load_pack(bias + j, size);
+      const Pack d = Act::gradient(z, load_pack(gradient + j, size));
+      store_pack(d, dx + j, size);
+      store_pack(load_pack(sums + j, size) + d, sums + j, size);
+    });
+  };
+  if (a.dropout.p == 0) return write(dy);
+  float buffer[kPiece];
+  load_row(dy, n, buffer);
+  scale.apply(row, begin, n, buffer);
+  write(buffer);
 }
 
 }  // namespace
@@ -81,8 +84,9 @@ void bias_act_backward(const Context& context, const BiasActBackward& a) {
       parallel_tasks(context, blocks * pieces, [&](int64_t index) {
         const int64_t block = index / pieces, begin = index % pieces * kPiece;
         const int64_t n = std::min(kPiece, a.cols - begin), last = (block + 1) * a.rows / blocks;
-        float* sums = a.dbias ? a.partial + block * a.cols + begin : nullptr;
-        if (sums) std::fill(sums, sums + n, 0.0f);
+        float unused[kPiece];
+        float* sums = a.dbias ? a.partial + block * a.cols + begin : unused;
+        std::fill(sums, sums + n, 0.0f);
         for (int64_t row = block * a.rows / blocks; row < last; ++row) {
           backward_piece<T, Act>(a, scale, row, begin, n, sums);
         }
