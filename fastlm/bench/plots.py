@@ -131,9 +131,9 @@ def _roofline(found: dict):
         axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, -3), fontsize=7)
     axes.set(xlabel="FLOPs per byte that must be moved", ylabel="GFLOP/s")
     copied, multiplied = median(rates["copy"]) / 1e9, median(rates["mm"]) / 1e9
-    figure.suptitle(
-        f"fastlm under this machine's ceilings: copy {copied:.1f} GB/s, matmul {multiplied:.0f} GFLOP/s"
-        f" (median and range)\n{_machine(found)}",
+    axes.set_title(  # the figure's own title would run into the legend
+        "fastlm under this machine's ceilings (median and range):\n"
+        f"copy {copied:.1f} GB/s, matmul {multiplied:.0f} GFLOP/s\n{_machine(found)}",
         fontsize=10,
     )
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
