@@ -34,7 +34,7 @@ test: setup
 test-slow: setup
 	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
 
-# Everything, about a quarter of an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
+# Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup
 	@$(VENV)/bin/fastlm bench --all --json benchmarks/results --plot docs/images --docs docs/benchmarks.md $(ARGS)
 
