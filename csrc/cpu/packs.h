@@ -109,9 +109,9 @@ FASTLM_INLINE Pack zero_unless_positive(const Pack& x, const Pack& y) {
 
 // exp(x), |x| <= 88; a NaN gives anything. 2^n is multiplied by adding n to the exponent in the bits. At -88
 // the result is subnormal (kernels flush it to 0). ln(2) in one piece, and the product with it rounded where
-// there is no fused multiply-add, put what is far from 1 off: up to |x| = 5 it is within 1.2 ulp, at 88 within
-// 4.6 (68 without); silu stays within 1.8e-7 of its value from -10 on (6.6e-7). The polynomial was fitted to
-// 4e-9 relative error (iterated weighted least squares, 20001 points).
+// there is no fused multiply-add, put what is far from 1 off: up to |x| = 5 it is within 1.2 ulp, at 88
+// within 4.6 (68 without); silu stays within 1.8e-7 of its value from -10 on (6.6e-7). The polynomial was
+// fitted to 4e-9 relative error (iterated weighted least squares, 20001 points).
 FASTLM_INLINE Pack exp_bounded(const Pack& x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
   const Pack shifted = x * 1.44269504f + kRound;
