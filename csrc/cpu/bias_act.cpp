@@ -12,10 +12,10 @@
 namespace fastlm {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // columns; a multiple of kPhiloxNumbers, 4 KB of float32
+static_assert(kRowPiece % kPhiloxNumbers == 0);  // a piece's dropout begins with a block of numbers
 
 // Stands for a bias that was not given: adding it costs less than a second code path.
-constexpr float kZeros[kPiece] = {};
+constexpr float kZeros[kRowPiece] = {};
 
 // Columns [begin, begin + n) of a row. With dropout the results pass through a buffer of float32.
 template <class T, class Act>
@@ -29,7 +29,7 @@ void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int
     });
   };
   if (a.dropout.p == 0) return write(y);
-  float buffer[kPiece];
+  float buffer[kRowPiece];
   write(buffer);
   scale.apply(row, begin, n, buffer);
   store_row(buffer, n, y);
@@ -39,7 +39,7 @@ void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int
 template <class T, class Act>
 void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t row, int64_t begin,
                     int64_t n, float* sums) {
-  T unused[kPiece];
+  T unused[kRowPiece];
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
   const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
@@ -53,7 +53,7 @@ void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t
     });
   };
   if (a.dropout.p == 0) return write(dy);
-  float buffer[kPiece];
+  float buffer[kRowPiece];
   load_row(dy, n, buffer);
   scale.apply(row, begin, n, buffer);
   write(buffer);
@@ -63,14 +63,10 @@ void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t
 
 void bias_act(const Context& context, const BiasAct& a) {
   const DropoutScale scale(a.dropout);
-  const int64_t pieces = divide_up(a.cols, kPiece);  // long rows are cut too: a 1-d tensor is one row
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      parallel_rows(context, a.rows * pieces, std::min(a.cols, kPiece), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t begin = i % pieces * kPiece;
-          forward_piece<T, Act>(a, scale, i / pieces, begin, std::min(kPiece, a.cols - begin));
-        }
+      parallel_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+        forward_piece<T, Act>(a, scale, row, begin, n);
       });
     });
   });
@@ -78,13 +74,13 @@ void bias_act(const Context& context, const BiasAct& a) {
 
 void bias_act_backward(const Context& context, const BiasActBackward& a) {
   const DropoutScale scale(a.dropout);
-  const int64_t pieces = divide_up(a.cols, kPiece), blocks = row_blocks(a.rows);
+  const int64_t pieces = divide_up(a.cols, kRowPiece), blocks = row_blocks(a.rows);
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
       parallel_tasks(context, blocks * pieces, [&](int64_t index) {
-        const int64_t block = index / pieces, begin = index % pieces * kPiece;
-        const int64_t n = std::min(kPiece, a.cols - begin), last = (block + 1) * a.rows / blocks;
-        float unused[kPiece];
+        const int64_t block = index / pieces, begin = index % pieces * kRowPiece;
+        const int64_t n = std::min(kRowPiece, a.cols - begin), last = (block + 1) * a.rows / blocks;
+        float unused[kRowPiece];
         float* sums = a.dbias ? a.partial + block * a.cols + begin : unused;
         std::fill(sums, sums + n, 0.0f);
         for (int64_t row = block * a.rows / blocks; row < last; ++row) {

@@ -8,11 +8,11 @@
 namespace fastlm {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // columns; a multiple of kPhiloxNumbers, 4 KB of float32
+static_assert(kRowPiece % kPhiloxNumbers == 0);  // a piece's dropout begins with a block of numbers
 
 template <class T>
 void piece(const DropoutAdd& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
-  float values[kPiece];
+  float values[kRowPiece];
   load_row(static_cast<const T*>(a.x) + row * a.x_stride + begin, n, values);
   if (a.dropout.p > 0) scale.apply(row, begin, n, values);
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
@@ -26,14 +26,9 @@ void piece(const DropoutAdd& a, const DropoutScale& scale, int64_t row, int64_t 
 
 void dropout_add(const Context& context, const DropoutAdd& a) {
   const DropoutScale scale(a.dropout);
-  const int64_t pieces = divide_up(a.cols, kPiece);  // long rows are cut too: a 1-d tensor is one row
   with_dtype(a.dtype, [&]<class T>() {
-    parallel_rows(context, a.rows * pieces, std::min(a.cols, kPiece), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t begin = i % pieces * kPiece;
-        piece<T>(a, scale, i / pieces, begin, std::min(kPiece, a.cols - begin));
-      }
-    });
+    parallel_pieces(context, a.rows, a.cols,
+                    [&](int64_t row, int64_t begin, int64_t n) { piece<T>(a, scale, row, begin, n); });
   });
 }
 

@@ -3,15 +3,11 @@
 // computes the activation again.
 #include "../contract/glu.h"
 
-#include <algorithm>
-
 #include "activations.h"
 #include "rows.h"
 
 namespace fastlm {
 namespace {
-
-constexpr int64_t kPiece = 1024;  // columns: 4 KB of float32
 
 // Columns [begin, begin + n) of a row.
 template <class T, class Act>
@@ -26,7 +22,7 @@ void forward_piece(const Glu& a, int64_t row, int64_t begin, int64_t n) {
 
 template <class T, class Act>
 void backward_piece(const GluBackward& a, int64_t row, int64_t begin, int64_t n) {
-  T unused[kPiece];
+  T unused[kRowPiece];
   const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride + begin;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + begin;
   const T* up = static_cast<const T*>(a.up) + row * a.up_stride + begin;
@@ -39,24 +35,12 @@ void backward_piece(const GluBackward& a, int64_t row, int64_t begin, int64_t n)
   });
 }
 
-// Runs f(row, begin, n) over pieces of rows: long rows are cut too, for a 1-d tensor is one row.
-template <class F>
-void over_pieces(const Context& context, int64_t rows, int64_t cols, const F& f) {
-  const int64_t pieces = divide_up(cols, kPiece);
-  parallel_rows(context, rows * pieces, std::min(cols, kPiece), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i % pieces * kPiece;
-      f(i / pieces, begin, std::min(kPiece, cols - begin));
-    }
-  });
-}
-
 }  // namespace
 
 void glu(const Context& context, const Glu& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      over_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+      parallel_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
         forward_piece<Unordered<T>, Act>(a, row, begin, n);
       });
     });
@@ -66,7 +50,7 @@ void glu(const Context& context, const Glu& a) {
 void glu_backward(const Context& context, const GluBackward& a) {
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      over_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+      parallel_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
         backward_piece<Unordered<T>, Act>(a, row, begin, n);
       });
     });

@@ -18,8 +18,6 @@ struct Pack {
   Vector v[kPackVectors];
 };
 
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-
 // Inlined whatever their size, and loops over vectors written out: else GCC 12 keeps packs in memory.
 #define FASTLM_INLINE [[gnu::always_inline]] inline
 
@@ -133,7 +131,7 @@ FASTLM_INLINE Pack load_pack(const float* p) {
   return pack_of([&](int i) { return load_vector(p + i * kLanes); });
 }
 FASTLM_INLINE void store_pack(const Pack& x, float* out) {
-  each_vector([&](int i) { *reinterpret_cast<Vector*>(out + i * kLanes) = x.v[i]; });
+  each_vector([&](int i) { store_vector(x.v[i], out + i * kLanes); });
 }
 
 #if defined(__AVX2__)
@@ -141,42 +139,9 @@ template <class T>
 FASTLM_INLINE Pack load_pack(const T* p) {
   return pack_of([&](int i) { return load_vector(p + i * kLanes); });
 }
-
-FASTLM_INLINE void store_pack(const Pack& x, BFloat16* out) {
-  // In the upper halves: rounded to nearest even; NaN stays a quiet NaN.
-  const Pack rounded = pack_of([&](int i) {
-    const Integers bits = reinterpret_cast<Integers>(x.v[i]);
-    const Integers sum = bits + (bits >> 16 & 1) + 0x7fff;
-    return x.v[i] != x.v[i] ? reinterpret_cast<Vector>(Integers{} + 0x7fc00000)
-                            : reinterpret_cast<Vector>(sum);
-  });
-#if defined(__AVX512F__)
-  each_vector([&](int i) {
-    const __m512i high = _mm512_srli_epi32(reinterpret_cast<__m512i>(rounded.v[i]), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), _mm512_cvtepi32_epi16(high));
-  });
-#else
-  const auto store_two = [&](int i) {
-    const __m256i first = _mm256_srli_epi32(reinterpret_cast<__m256i>(rounded.v[i]), 16);
-    const __m256i second = _mm256_srli_epi32(reinterpret_cast<__m256i>(rounded.v[i + 1]), 16);
-    // packus works within halves: the quarters come out as 0 2 1 3.
-    const __m256i quarters = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), quarters);
-  };
-  store_two(0), store_two(2);
-#endif
-}
-
-FASTLM_INLINE void store_pack(const Pack& x, Half* out) {
-  each_vector([&](int i) {
-#if defined(__AVX512F__)
-    const __m256i halves = _mm512_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), halves);
-#else
-    const __m128i halves = _mm256_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kLanes), halves);
-#endif
-  });
+template <class T>
+FASTLM_INLINE void store_pack(const Pack& x, T* out) {
+  each_vector([&](int i) { store_vector(x.v[i], out + i * kLanes); });
 }
 #else
 template <class T>
@@ -190,6 +155,21 @@ void store_pack(const Pack& x, T* out) {
   float numbers[kPackNumbers];
   store_pack(x, numbers);
   store_row(numbers, kPackNumbers, out);
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Two vectors of bfloat16 at a time: one alone would waste half of what packus makes.
+FASTLM_INLINE void store_pack(const Pack& x, BFloat16* out) {
+  const auto words = [&](int i) {
+    return _mm256_srli_epi32(reinterpret_cast<__m256i>(bfloat16_in_upper_halves(x.v[i])), 16);
+  };
+  const auto store_two = [&](int i) {
+    // packus works within halves: the quarters come out as 0 2 1 3.
+    const __m256i quarters = _mm256_permute4x64_epi64(_mm256_packus_epi32(words(i), words(i + 1)), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * kLanes), quarters);
+  };
+  store_two(0), store_two(2);
 }
 #endif
 
@@ -232,9 +212,7 @@ template <class T>
 using Unordered = T;
 #endif
 
-// How much of a pack lies in memory: all of it, or its first n numbers.
-struct Whole {};
-struct First {
+struct First {  // only a pack's first n numbers lie in memory
   int64_t n;
 };
 

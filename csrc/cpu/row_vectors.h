@@ -9,8 +9,7 @@ namespace fastlm {
 
 constexpr int kSums = 4;  // vectors of partial sums: in one, each addition waits for the one before
 
-struct Whole {};  // kLanes columns
-struct Part {     // fewer, at the end of a row; the other lanes are 0
+struct Part {  // fewer columns than Whole's kLanes, at the end of a row; the other lanes are 0
   int64_t count;
 };
 

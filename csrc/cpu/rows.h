@@ -59,6 +59,21 @@ void parallel_rows(const Context& context, int64_t rows, int64_t cols, const F& 
                  [&](int64_t index) { f(index * step, std::min(rows, (index + 1) * step)); });
 }
 
+constexpr int64_t kRowPiece = 1024;  // columns that stay in the first-level cache: 4 KB of float32
+
+// Runs f(row, begin, n) over pieces of rows, columns [begin, begin + n), n <= kRowPiece: long rows are cut
+// too, for a 1-d tensor is one row.
+template <class F>
+void parallel_pieces(const Context& context, int64_t rows, int64_t cols, const F& f) {
+  const int64_t pieces = divide_up(cols, kRowPiece);
+  parallel_rows(context, rows * pieces, std::min(cols, kRowPiece), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i % pieces * kRowPiece;
+      f(i / pieces, begin, std::min(kRowPiece, cols - begin));
+    }
+  });
+}
+
 // out[j] = the sum over blocks of partial[block * stride + j], j in [0, cols); nothing where out is null.
 inline void add_blocks(const Context& context, const float* partial, int64_t stride, int64_t blocks,
                        int64_t cols, float* out) {

@@ -7,6 +7,10 @@
 
 namespace fastlm {
 
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
+struct Whole {};  // how much of a vector, or of a pack of them, lies in memory: all of it
+
 inline Vector load_vector(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
 #if defined(__AVX512F__)
@@ -44,15 +48,18 @@ Vector load_vector(const T* p) {
 
 inline void store_vector(Vector v, float* p) { *reinterpret_cast<Vector*>(p) = v; }
 
+#if defined(__AVX2__)
+// v rounded to bfloat16's precision, to nearest even, in the upper halves; NaN stays a quiet NaN.
+inline Integers bfloat16_in_upper_halves(Vector v) {
+  const Integers bits = reinterpret_cast<Integers>(v);
+  const Integers rounded = bits + (bits >> 16 & 1) + 0x7fff;
+  return v != v ? Integers{} + 0x7fc00000 : rounded;
+}
+#endif
+
 #if defined(__AVX512F__)
 inline void store_vector(Vector v, BFloat16* p) {
-  const __m512 x = reinterpret_cast<__m512>(v);
-  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i words = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  const __m512i words = _mm512_srli_epi32(reinterpret_cast<__m512i>(bfloat16_in_upper_halves(v)), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
 inline void store_vector(Vector v, Half* p) {
@@ -61,13 +68,7 @@ inline void store_vector(Vector v, Half* p) {
 }
 #elif defined(__AVX2__)
 inline void store_vector(Vector v, BFloat16* p) {
-  const __m256 x = reinterpret_cast<__m256>(v);
-  const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i words = _mm256_srli_epi32(reinterpret_cast<__m256i>(bfloat16_in_upper_halves(v)), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
