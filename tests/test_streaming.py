@@ -16,6 +16,11 @@ CALLS = {
     "rms_norm": lambda x: ops.rms_norm(x, WEIGHT.to(x.dtype)),
     "softmax": lambda x: ops.softmax(x),
     "softmax_causal": lambda x: ops.softmax(x, causal=True),
+    "bias_act": lambda x: ops.bias_act(x, WEIGHT.to(x.dtype), "gelu_tanh"),
+    "bias_act_dropout": lambda x: ops.bias_act(x, dropout_p=0.5, seed=1),
+    "glu": lambda x: ops.glu(x, x.flip(-1)),
+    "dropout_add": lambda x: ops.dropout_add(x, x.flip(-1)),
+    "dropout_add_dropout": lambda x: ops.dropout_add(x, dropout_p=0.5, seed=1),
     "rope": lambda x: ops.rope(x.unsqueeze(1), TABLE.cos(), TABLE.sin()).squeeze(1),
 }
 
@@ -45,3 +50,5 @@ def test_rows_that_are_not_whole_cache_lines_are_written_as_well():
     x = torch.randn(LIMIT // (251 * 4) + 1, 251, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ops.softmax(x)[-5:], ops.softmax(x[-5:]))
     assert torch.equal(ops.layer_norm(x)[-5:], ops.layer_norm(x[-5:]))
+    assert torch.equal(ops.bias_act(x)[-5:], ops.bias_act(x[-5:]))
+    assert torch.equal(ops.glu(x, x)[-5:], ops.glu(x[-5:], x[-5:]))

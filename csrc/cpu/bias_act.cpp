@@ -23,14 +23,14 @@ void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
-  const auto write = [&](auto* to) {
+  const auto write = [&](auto* to, bool stream) {
     over_packs(n, [=](int64_t j, auto size) {
-      store_pack(Act::value(load_pack(x + j, size) + load_pack(bias + j, size)), to + j, size);
+      store_result(Act::value(load_pack(x + j, size) + load_pack(bias + j, size)), to + j, size, stream);
     });
   };
-  if (a.dropout.p == 0) return write(y);
+  if (a.dropout.p == 0) return write(y, streams_rows<T>(a, a.y));
   float buffer[kRowPiece];
-  write(buffer);
+  write(buffer, false);
   scale.apply(row, begin, n, buffer);
   store_row(buffer, n, y);
 }
@@ -44,11 +44,12 @@ void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t
   const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.cols + begin : unused;
+  const bool stream = a.dx && streams_rows<T>(a, a.dx);
   const auto write = [&](const auto* gradient) {
     over_packs(n, [=](int64_t j, auto size) {
       const Pack z = load_pack(x + j, size) + load_pack(bias + j, size);
       const Pack d = Act::gradient(z, load_pack(gradient + j, size));
-      store_pack(d, dx + j, size);
+      store_result(d, dx + j, size, stream);
       store_pack(load_pack(sums + j, size) + d, sums + j, size);
     });
   };

@@ -2,8 +2,8 @@
 // that stay in the first-level cache.
 #include "../contract/dropout_add.h"
 
+#include "packs.h"
 #include "philox.h"
-#include "rows.h"
 
 namespace fastlm {
 namespace {
@@ -12,14 +12,20 @@ static_assert(kRowPiece % kPhiloxNumbers == 0);  // a piece's dropout begins wit
 
 template <class T>
 void piece(const DropoutAdd& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
-  float values[kRowPiece];
-  load_row(static_cast<const T*>(a.x) + row * a.x_stride + begin, n, values);
-  if (a.dropout.p > 0) scale.apply(row, begin, n, values);
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
+  const T* residual =
+      a.residual ? static_cast<const T*>(a.residual) + row * a.residual_stride + begin : nullptr;
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
-  if (!a.residual) return store_row(values, n, y);
-  const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride + begin;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(values[j] + to_float(residual[j]));
+  const bool stream = streams_rows<T>(a, a.y), dropout = a.dropout.p > 0;
+  float scales[kRowPiece];
+  for (int64_t i = 0; dropout && i < n; i += kPhiloxNumbers) scale.columns(row, begin + i, scales + i);
+  const float* factors = scales;
+  over_packs(n, [=](int64_t j, auto size) {
+    Pack v = load_pack(x + j, size);
+    if (dropout) v = v * load_pack(factors + j, size);
+    if (residual) v = v + load_pack(residual + j, size);
+    store_result(v, y + j, size, stream);
+  });
 }
 
 }  // namespace

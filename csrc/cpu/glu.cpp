@@ -15,8 +15,9 @@ void forward_piece(const Glu& a, int64_t row, int64_t begin, int64_t n) {
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + begin;
   const T* up = static_cast<const T*>(a.up) + row * a.up_stride + begin;
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
+  const bool stream = streams_rows<T>(a, a.y);
   over_packs(n, [=](int64_t j, auto size) {
-    store_pack(Act::value(load_pack(gate + j, size)) * load_pack(up + j, size), y + j, size);
+    store_result(Act::value(load_pack(gate + j, size)) * load_pack(up + j, size), y + j, size, stream);
   });
 }
 
@@ -28,10 +29,12 @@ void backward_piece(const GluBackward& a, int64_t row, int64_t begin, int64_t n)
   const T* up = static_cast<const T*>(a.up) + row * a.up_stride + begin;
   T* dgate = a.dgate ? static_cast<T*>(a.dgate) + row * a.cols + begin : unused;
   T* dup = a.dup ? static_cast<T*>(a.dup) + row * a.cols + begin : unused;
+  const bool stream_gate = a.dgate && streams_rows<T>(a, a.dgate);
+  const bool stream_up = a.dup && streams_rows<T>(a, a.dup);
   over_packs(n, [=](int64_t j, auto size) {
     const Pack d = load_pack(dy + j, size), g = load_pack(gate + j, size);
-    store_pack(d * Act::value(g), dup + j, size);
-    store_pack(Act::gradient(g, d * load_pack(up + j, size)), dgate + j, size);
+    store_result(d * Act::value(g), dup + j, size, stream_up);
+    store_result(Act::gradient(g, d * load_pack(up + j, size)), dgate + j, size, stream_gate);
   });
 }
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "vectors.h"
+#include "streaming.h"
 
 namespace fastlm {
 
@@ -212,6 +212,17 @@ template <class T>
 using Unordered = T;
 #endif
 
+// Around the caches, to whole lines.
+FASTLM_INLINE void stream_pack(const Pack& x, float* out) {
+  each_vector([&](int i) { stream_vector(x.v[i], out + i * kLanes); });
+}
+template <class T>
+FASTLM_INLINE void stream_pack(const Pack& x, T* out) {
+  alignas(64) T numbers[kPackNumbers];
+  store_pack(x, numbers);
+  stream_bytes<sizeof(numbers)>(numbers, out);
+}
+
 struct First {  // only a pack's first n numbers lie in memory
   int64_t n;
 };
@@ -236,6 +247,17 @@ FASTLM_INLINE void store_pack(const Pack& x, T* out, First size) {
   T numbers[kPackNumbers];
   store_pack(x, numbers);
   std::copy_n(numbers, size.n, out);
+}
+
+// A kernel's result: `stream` is what streams() said of the output.
+template <class T>
+FASTLM_INLINE void store_result(const Pack& x, T* out, Whole, bool stream) {
+  if (stream) return stream_pack(x, out);
+  store_pack(x, out);
+}
+template <class T>
+FASTLM_INLINE void store_result(const Pack& x, T* out, First size, bool) {
+  store_pack(x, out, size);
 }
 
 // Runs f(j, size) over the packs of [0, n): Whole ones at j = 0, kPackNumbers, ..., then the First of the

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "row_vectors.h"
 
@@ -39,18 +40,33 @@ inline void stream_vector(Vector v, float* p) { _mm_stream_ps(p, reinterpret_cas
 inline void stream_vector(Vector v, float* p) { store_vector(v, p); }
 #endif
 
-// Half precision: half a vector's bytes, which only the wider instruction sets can stream.
+// Half precision: bytes from one aligned place to another, around the caches.
+template <size_t kBytes>
+void stream_bytes(const void* from, void* to) {
+#if defined(__AVX2__)
+  if constexpr (kBytes % sizeof(__m256i) == 0) {
+    for (size_t i = 0; i < kBytes / sizeof(__m256i); ++i) {
+      _mm256_stream_si256(static_cast<__m256i*>(to) + i, static_cast<const __m256i*>(from)[i]);
+    }
+    return;
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (kBytes % sizeof(__m128i) == 0) {
+    for (size_t i = 0; i < kBytes / sizeof(__m128i); ++i) {
+      _mm_stream_si128(static_cast<__m128i*>(to) + i, static_cast<const __m128i*>(from)[i]);
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, kBytes);
+}
+
 template <class T>
 void stream_vector(Vector v, T* p) {
   alignas(64) T words[kLanes];
   store_vector(v, words);
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(words));
-#elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(words));
-#else
-  std::copy(words, words + kLanes, p);
-#endif
+  stream_bytes<sizeof(words)>(words, p);
 }
 
 // A kernel's result: `stream` is what streams() said of the output.
