@@ -8,19 +8,19 @@
 #include <vector>
 
 #include "kv_cache.h"
-#include "vectors.h"
+#include "streaming.h"
 
 namespace fastlm {
 namespace {
 
 constexpr int64_t kPiece = 512;  // keys: 256 KB of cache at 64 dims in float32
 constexpr int64_t kTile = 64;    // keys: their scores stay in registers' reach, 16 KB of keys in the L1 cache
-constexpr int64_t kAheadBytes = 2048;  // prefetched before use
+constexpr int64_t kAheadBytes = 2048;  // into the second-level cache before use
 constexpr int64_t kSpare = 64;         // rows past the last one that may be named: groups of keys, prefetches
 constexpr int64_t kTaskBytes =
     128 << 10;            // of cache a task: waking a thread costs as much as reading some 100 KB
 constexpr int kRows = 4;  // rows whose sums fit into registers together
-constexpr int kSums = kLanes == 16 ? 16 : 8;  // vectors of sums while values are added up
+constexpr int kValueSums = kLanes == 16 ? 16 : 8;  // vectors of sums while values are added up
 
 struct Piece {
   int64_t batch, begin, end;  // keys
@@ -110,16 +110,22 @@ struct Widened {
 };
 
 template <class T>
-inline void prefetch_row(const T* row, int64_t cols) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < cols * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(p + byte);
-  }
-}
-
-template <class T>
 int64_t rows_ahead(int64_t cols) {
   return std::clamp<int64_t>(kAheadBytes / (cols * static_cast<int64_t>(sizeof(T))), 1, kSpare - kLine);
+}
+
+// q . key, kLanes sums of it. A key is read to its end before the next: by one row of queries the cache is
+// read faster than it can be fetched, and the hardware's prefetching follows what is read in order.
+template <class T>
+Vector products(const float* q, const T* key, int64_t cols) {
+  Vector even = {}, odd = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+    even += load_vector(q + c) * load_vector(key + c);
+    odd += load_vector(q + c + kLanes) * load_vector(key + c + kLanes);
+  }
+  if (c < cols) even += load_vector(q + c) * load_vector(key + c);
+  return even + odd;
 }
 
 // s[r * kTile + k] = q_r . keys[k] for n keys and kRowCount rows; whole groups of kLanes keys are computed.
@@ -134,15 +140,20 @@ void score_rows(const float* q, int64_t q_ld, const T* const* keys, int64_t n, i
       Vector sum[kRowCount][kKeys] = {};
 #pragma GCC unroll 8
       for (int i = 0; i < kKeys; ++i) prefetch_row(key[i + ahead], cols);
-      for (int64_t c = 0; c < cols; c += kLanes) {
-        Vector x[kKeys];
+      if constexpr (kRowCount == 1) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kKeys; ++i) x[i] = load_vector(key[i] + c);
+        for (int i = 0; i < kKeys; ++i) sum[0][i] = products(q, key[i], cols);
+      } else {
+        for (int64_t c = 0; c < cols; c += kLanes) {
+          Vector x[kKeys];
+#pragma GCC unroll 8
+          for (int i = 0; i < kKeys; ++i) x[i] = load_vector(key[i] + c);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRowCount; ++r) {
-          const Vector query = load_vector(q + r * q_ld + c);
+          for (int r = 0; r < kRowCount; ++r) {
+            const Vector query = load_vector(q + r * q_ld + c);
 #pragma GCC unroll 8
-          for (int i = 0; i < kKeys; ++i) sum[r][i] += query * x[i];
+            for (int i = 0; i < kKeys; ++i) sum[r][i] += query * x[i];
+          }
         }
       }
 #pragma GCC unroll 4
@@ -186,7 +197,7 @@ void add_values(const float* p, const T* const* values, int64_t n, int64_t first
 
 template <int kRowCount, class T>
 void value_rows(const float* p, const T* const* values, int64_t n, int64_t cols, float* out, int64_t ld) {
-  constexpr int kVectors = std::min(8, kSums / (kRowCount == 3 ? 4 : kRowCount));
+  constexpr int kVectors = std::min(8, kValueSums / (kRowCount == 3 ? 4 : kRowCount));
   int64_t c = 0;
   for (; c + kVectors * kLanes <= cols; c += kVectors * kLanes) {
     add_values<kRowCount, kVectors>(p, values, n, c, out, ld);

@@ -31,8 +31,13 @@ const float* normed_row(const Args& a, const DropoutScale& scale, int64_t row, f
   const bool dropout = a.dropout.p > 0;
   for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
     float scales[kPhiloxNumbers];
-    if (dropout) scale.columns(row, begin, scales);
-    over_vectors(std::min<int64_t>(kPhiloxNumbers, cols - begin), [&](int64_t i, auto which, int k) {
+    const int64_t n = std::min<int64_t>(kPhiloxNumbers, cols - begin);
+    if (dropout) {
+      prefetch_row(x + a.x_stride + begin, n);
+      if (residual) prefetch_row(residual + a.residual_stride + begin, n);
+      scale.columns(row, begin, scales);
+    }
+    over_vectors(n, [&](int64_t i, auto which, int k) {
       const int64_t j = begin + i;
       Vector v = load(x + j, which);
       if (dropout) v *= load_vector(scales + i);
@@ -53,6 +58,8 @@ template <class T, class Args, class F>
 void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, const F& gradient) {
   const int64_t cols = a.cols;
   const T* dh = row_of<T>(a.dh, a.dh_stride, row);
+  const T* dy = row_of<T>(a.dy, a.dy_stride, row);
+  const T* h = row_of<T>(a.h, a.h_stride, row);
   T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
   const bool stream = streams_rows<T>(a, a.dx ? a.dx : a.dresidual);
@@ -69,8 +76,12 @@ void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, cons
   if (!dx || a.dropout.p == 0) return piece(0, cols, nullptr);
   for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
     float scales[kPhiloxNumbers];
+    const int64_t n = std::min<int64_t>(kPhiloxNumbers, cols - begin);
+    if (dy) prefetch_row(dy + a.dy_stride + begin, n);
+    prefetch_row(h + a.h_stride + begin, n);
+    if (dh) prefetch_row(dh + a.dh_stride + begin, n);
     scale.columns(row, begin, scales);
-    piece(begin, std::min<int64_t>(kPhiloxNumbers, cols - begin), scales);
+    piece(begin, n, scales);
   }
 }
 
