@@ -202,9 +202,7 @@ class Scores {
   // What dropout multiplies the probabilities of query i and keys [j, j + n) with; n is rounded up to 64, j
   // is a multiple of 4.
   void dropout(int64_t i, int64_t j, int64_t n, float* scales) const {
-    for (int64_t c = 0; c < n; c += kPhiloxNumbers) {
-      dropout_.columns(static_cast<uint32_t>(i), head_, j + c, scales + c);
-    }
+    dropout_.columns(static_cast<uint32_t>(i), head_, j, n, scales);
   }
 
  private:

@@ -17,26 +17,25 @@ static_assert(kRowPiece % kPhiloxNumbers == 0);  // a piece's dropout begins wit
 // Stands for a bias that was not given: adding it costs less than a second code path.
 constexpr float kZeros[kRowPiece] = {};
 
-// Columns [begin, begin + n) of a row. With dropout the results pass through a buffer of float32.
-template <class T, class Act>
+// Columns [begin, begin + n) of a row.
+template <class T, class Act, bool kDropout>
 void forward_piece(const BiasAct& a, const DropoutScale& scale, int64_t row, int64_t begin, int64_t n) {
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride + begin;
   const float* bias = a.bias ? a.bias + begin : kZeros;
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
-  const auto write = [&](auto* to, bool stream) {
-    over_packs(n, [=](int64_t j, auto size) {
-      store_result(Act::value(load_pack(x + j, size) + load_pack(bias + j, size)), to + j, size, stream);
-    });
-  };
-  if (a.dropout.p == 0) return write(y, streams_rows<T>(a, a.y));
-  float buffer[kRowPiece];
-  write(buffer, false);
-  scale.apply(row, begin, n, buffer);
-  store_row(buffer, n, y);
+  const bool stream = streams_rows<T>(a, a.y);
+  float scales[kRowPiece];
+  if constexpr (kDropout) scale.columns(row, begin, n, scales);
+  const float* factors = scales;
+  over_packs(n, [=](int64_t j, auto size) {
+    Pack value = Act::value(load_pack(x + j, size) + load_pack(bias + j, size));
+    if constexpr (kDropout) value = value * load_pack(factors + j, size);
+    store_result(value, y + j, size, stream);
+  });
 }
 
 // sums: where to add the piece of dbias.
-template <class T, class Act>
+template <class T, class Act, bool kDropout>
 void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t row, int64_t begin,
                     int64_t n, float* sums) {
   T unused[kRowPiece];
@@ -45,19 +44,17 @@ void backward_piece(const BiasActBackward& a, const DropoutScale& scale, int64_t
   const float* bias = a.bias ? a.bias + begin : kZeros;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.cols + begin : unused;
   const bool stream = a.dx && streams_rows<T>(a, a.dx);
-  const auto write = [&](const auto* gradient) {
-    over_packs(n, [=](int64_t j, auto size) {
-      const Pack z = load_pack(x + j, size) + load_pack(bias + j, size);
-      const Pack d = Act::gradient(z, load_pack(gradient + j, size));
-      store_result(d, dx + j, size, stream);
-      store_pack(load_pack(sums + j, size) + d, sums + j, size);
-    });
-  };
-  if (a.dropout.p == 0) return write(dy);
-  float buffer[kRowPiece];
-  load_row(dy, n, buffer);
-  scale.apply(row, begin, n, buffer);
-  write(buffer);
+  float scales[kRowPiece];
+  if constexpr (kDropout) scale.columns(row, begin, n, scales);
+  const float* factors = scales;
+  over_packs(n, [=](int64_t j, auto size) {
+    const Pack z = load_pack(x + j, size) + load_pack(bias + j, size);
+    Pack d = load_pack(dy + j, size);
+    if constexpr (kDropout) d = d * load_pack(factors + j, size);
+    d = Act::gradient(z, d);
+    store_result(d, dx + j, size, stream);
+    store_pack(load_pack(sums + j, size) + d, sums + j, size);
+  });
 }
 
 }  // namespace
@@ -66,8 +63,10 @@ void bias_act(const Context& context, const BiasAct& a) {
   const DropoutScale scale(a.dropout);
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      parallel_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
-        forward_piece<T, Act>(a, scale, row, begin, n);
+      with_bool(a.dropout.p > 0, [&]<bool kDropout>() {
+        parallel_pieces(context, a.rows, a.cols, [&](int64_t row, int64_t begin, int64_t n) {
+          forward_piece<T, Act, kDropout>(a, scale, row, begin, n);
+        });
       });
     });
   });
@@ -78,15 +77,17 @@ void bias_act_backward(const Context& context, const BiasActBackward& a) {
   const int64_t pieces = divide_up(a.cols, kRowPiece), blocks = row_blocks(a.rows);
   with_dtype(a.dtype, [&]<class T>() {
     with_activation(a.activation, [&]<class Act>() {
-      parallel_tasks(context, blocks * pieces, [&](int64_t index) {
-        const int64_t block = index / pieces, begin = index % pieces * kRowPiece;
-        const int64_t n = std::min(kRowPiece, a.cols - begin), last = (block + 1) * a.rows / blocks;
-        float unused[kRowPiece];
-        float* sums = a.dbias ? a.partial + block * a.cols + begin : unused;
-        std::fill(sums, sums + n, 0.0f);
-        for (int64_t row = block * a.rows / blocks; row < last; ++row) {
-          backward_piece<T, Act>(a, scale, row, begin, n, sums);
-        }
+      with_bool(a.dropout.p > 0, [&]<bool kDropout>() {
+        parallel_tasks(context, blocks * pieces, [&](int64_t index) {
+          const int64_t block = index / pieces, begin = index % pieces * kRowPiece;
+          const int64_t n = std::min(kRowPiece, a.cols - begin), last = (block + 1) * a.rows / blocks;
+          float unused[kRowPiece];
+          float* sums = a.dbias ? a.partial + block * a.cols + begin : unused;
+          std::fill(sums, sums + n, 0.0f);
+          for (int64_t row = block * a.rows / blocks; row < last; ++row) {
+            backward_piece<T, Act, kDropout>(a, scale, row, begin, n, sums);
+          }
+        });
       });
     });
   });

@@ -18,7 +18,7 @@ void piece(const DropoutAdd& a, const DropoutScale& scale, int64_t row, int64_t 
   T* y = static_cast<T*>(a.y) + row * a.cols + begin;
   const bool stream = streams_rows<T>(a, a.y), dropout = a.dropout.p > 0;
   float scales[kRowPiece];
-  for (int64_t i = 0; dropout && i < n; i += kPhiloxNumbers) scale.columns(row, begin + i, scales + i);
+  if (dropout) scale.columns(row, begin, n, scales);
   const float* factors = scales;
   over_packs(n, [=](int64_t j, auto size) {
     Pack v = load_pack(x + j, size);

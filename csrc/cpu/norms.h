@@ -9,6 +9,9 @@
 
 namespace fastlm {
 
+constexpr int64_t kScaled = 256;  // columns whose dropout is drawn at a time: fewer calls, and while the
+                                  // numbers of some are drawn, the stores of others are under way
+
 template <class T>
 const T* row_of(const void* base, int64_t stride, int64_t row) {
   return base ? static_cast<const T*>(base) + row * stride : nullptr;
@@ -29,14 +32,10 @@ const float* normed_row(const Args& a, const DropoutScale& scale, int64_t row, f
   const T* residual = row_of<T>(a.residual, a.residual_stride, row);
   T* h = a.h ? static_cast<T*>(a.h) + row * cols : nullptr;
   const bool dropout = a.dropout.p > 0;
-  for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
-    float scales[kPhiloxNumbers];
-    const int64_t n = std::min<int64_t>(kPhiloxNumbers, cols - begin);
-    if (dropout) {
-      prefetch_row(x + a.x_stride + begin, n);
-      if (residual) prefetch_row(residual + a.residual_stride + begin, n);
-      scale.columns(row, begin, scales);
-    }
+  for (int64_t begin = 0; begin < cols; begin += kScaled) {
+    const int64_t n = std::min(kScaled, cols - begin);
+    float scales[kScaled];
+    if (dropout) scale.columns(row, begin, n, scales);
     over_vectors(n, [&](int64_t i, auto which, int k) {
       const int64_t j = begin + i;
       Vector v = load(x + j, which);
@@ -58,8 +57,6 @@ template <class T, class Args, class F>
 void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, const F& gradient) {
   const int64_t cols = a.cols;
   const T* dh = row_of<T>(a.dh, a.dh_stride, row);
-  const T* dy = row_of<T>(a.dy, a.dy_stride, row);
-  const T* h = row_of<T>(a.h, a.h_stride, row);
   T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * cols : nullptr;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * cols : nullptr;
   const bool stream = streams_rows<T>(a, a.dx ? a.dx : a.dresidual);
@@ -74,13 +71,10 @@ void store_gradients(const Args& a, const DropoutScale& scale, int64_t row, cons
     });
   };
   if (!dx || a.dropout.p == 0) return piece(0, cols, nullptr);
-  for (int64_t begin = 0; begin < cols; begin += kPhiloxNumbers) {
-    float scales[kPhiloxNumbers];
-    const int64_t n = std::min<int64_t>(kPhiloxNumbers, cols - begin);
-    if (dy) prefetch_row(dy + a.dy_stride + begin, n);
-    prefetch_row(h + a.h_stride + begin, n);
-    if (dh) prefetch_row(dh + a.dh_stride + begin, n);
-    scale.columns(row, begin, scales);
+  for (int64_t begin = 0; begin < cols; begin += kScaled) {
+    const int64_t n = std::min(kScaled, cols - begin);
+    float scales[kScaled];
+    scale.columns(row, begin, n, scales);
     piece(begin, n, scales);
   }
 }

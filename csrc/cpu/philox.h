@@ -58,42 +58,54 @@ inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint3
   _mm512_storeu_si512(out + 48, _mm512_shuffle_i32x4(high01, high23, 0xDD));
 }
 #elif defined(__AVX2__)
-// A word in each 64 bits: a product is then the low word as it stands and the high word after one shift; what
-// lies in the upper halves is never read. Two groups of four counters go side by side: one alone waits for
-// its own multiplications, four do not fit into the registers.
+// Every second word of a and of b: the even ones, or the odd ones.
+template <int kOdd>
+__m256i every_second(__m256i a, __m256i b) {
+  constexpr int kWords = kOdd ? 0xdd : 0x88;
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), kWords));
+}
+
+// A vector holds a word of eight counters. The hardware multiplies its even words and, shifted down, its odd
+// ones; the high words of both products together are one vector, the low words another, with the middle two
+// words of four swapped. All four words are swapped in each round, so that after ten they are in order again.
+// 14 instructions a round; a word in each 64 bits needs 16. Two vectors side by side hide the latencies.
 inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* out) {
-  constexpr int kGroups = 2;
-  const __m256i a = _mm256_set1_epi64x(kPhiloxA), b = _mm256_set1_epi64x(kPhiloxB);
-  const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);  // in which the stores below read the counters
-  for (uint32_t begin = 0; begin < kPhiloxCounters; begin += 4 * kGroups) {
-    __m256i x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      const uint32_t counter = first + begin + 4 * static_cast<uint32_t>(g);
-      x0[g] = _mm256_add_epi64(_mm256_set1_epi64x(counter), order);
-      x1[g] = _mm256_set1_epi64x(c1);
-      x2[g] = _mm256_set1_epi64x(c2);
-      x3[g] = _mm256_set1_epi64x(c3);
-    }
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  constexpr int kGroups = kPhiloxCounters / 8;
+  const auto all = [](uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); };
+  const __m256i a = all(kPhiloxA), b = all(kPhiloxB), iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    x0[g] = _mm256_add_epi32(all(first + 8 * static_cast<uint32_t>(g)), iota);
+    x1[g] = all(c1);
+    x2[g] = all(c2);
+    x3[g] = all(c3);
+  }
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round, k0 += kWeylA, k1 += kWeylB) {
-      for (int g = 0; g < kGroups; ++g) {
-        const __m256i product0 = _mm256_mul_epu32(x0[g], a), product2 = _mm256_mul_epu32(x2[g], b);
-        __m256i keyed1 = x1[g] ^ _mm256_set1_epi64x(k0), keyed3 = x3[g] ^ _mm256_set1_epi64x(k1);
-        asm("" : "+x"(keyed1), "+x"(keyed3));  // or GCC adds the key last, where all wait for it
-        x0[g] = _mm256_srli_epi64(product2, 32) ^ keyed1;
-        x2[g] = _mm256_srli_epi64(product0, 32) ^ keyed3;
-        x1[g] = product2;
-        x3[g] = product0;
-      }
-    }
+  for (int round = 0; round < 10; ++round, k0 += kWeylA, k1 += kWeylB) {
     for (int g = 0; g < kGroups; ++g) {
-      const __m256i low = _mm256_blend_epi32(x0[g], _mm256_slli_epi64(x1[g], 32), 0xAA);
-      const __m256i high = _mm256_blend_epi32(x2[g], _mm256_slli_epi64(x3[g], 32), 0xAA);
-      __m256i* const to = reinterpret_cast<__m256i*>(out + 4 * begin + 16 * g);
-      _mm256_storeu_si256(to, _mm256_unpacklo_epi64(low, high));
-      _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(low, high));
+      const __m256i even0 = _mm256_mul_epu32(x0[g], a),
+                    odd0 = _mm256_mul_epu32(_mm256_srli_epi64(x0[g], 32), a);
+      const __m256i even2 = _mm256_mul_epu32(x2[g], b),
+                    odd2 = _mm256_mul_epu32(_mm256_srli_epi64(x2[g], 32), b);
+      __m256i keyed1 = x1[g] ^ all(k0), keyed3 = x3[g] ^ all(k1);
+      asm("" : "+x"(keyed1), "+x"(keyed3));  // or GCC adds the key last, where all wait for it
+      x0[g] = every_second<1>(even2, odd2) ^ keyed1;
+      x2[g] = every_second<1>(even0, odd0) ^ keyed3;
+      x1[g] = every_second<0>(even2, odd2);
+      x3[g] = every_second<0>(even0, odd0);
     }
+  }
+  for (int g = 0; g < kGroups; ++g) {  // transposes four vectors of 8 into 8 groups of four
+    const __m256i low01 = _mm256_unpacklo_epi32(x0[g], x1[g]), high01 = _mm256_unpackhi_epi32(x0[g], x1[g]);
+    const __m256i low23 = _mm256_unpacklo_epi32(x2[g], x3[g]), high23 = _mm256_unpackhi_epi32(x2[g], x3[g]);
+    const __m256i p = _mm256_unpacklo_epi64(low01, low23), q = _mm256_unpackhi_epi64(low01, low23);
+    const __m256i r = _mm256_unpacklo_epi64(high01, high23), s = _mm256_unpackhi_epi64(high01, high23);
+    __m256i* const to = reinterpret_cast<__m256i*>(out + 32 * g);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(p, q, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(r, s, 0x20));
+    _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(p, q, 0x31));
+    _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(r, s, 0x31));
   }
 }
 #else
@@ -134,31 +146,25 @@ class DropoutScale {
         threshold_(static_cast<uint32_t>(d.p * 4294967296.0)),
         scale_(static_cast<float>(1.0 / (1.0 - d.p))) {}
 
-  // scales[i] = 0 or 1 / (1 - p) for columns begin + i, i in [0, kPhiloxNumbers), at counter
-  // (column >> 2, c1, c2, 0); begin is a multiple of 4.
-  void columns(uint32_t c1, uint32_t c2, int64_t begin, float* scales) const {
-    uint32_t numbers[kPhiloxNumbers];
-    philox(key_, static_cast<uint32_t>(begin >> 2), c1, c2, 0, numbers);
-    const uint32_t threshold = threshold_;  // copies: `scales` might alias the members
+  // scales[i] = 0 or 1 / (1 - p) for columns begin + i, i in [0, n), at counter (column >> 2, c1, c2, 0);
+  // begin is a multiple of 4, and scales has room for a whole number of kPhiloxNumbers. Many columns a call:
+  // what all counters share costs a fourth of 64 numbers. Never inlined: larger functions leave too few
+  // registers.
+  [[gnu::noinline]] void columns(uint32_t c1, uint32_t c2, int64_t begin, int64_t n, float* scales) const {
+    const uint64_t key = key_;  // copies: `scales` might alias the members
+    const uint32_t threshold = threshold_;
     const float scale = scale_;
+    for (int64_t j = 0; j < n; j += kPhiloxNumbers) {
+      uint32_t numbers[kPhiloxNumbers];
+      philox(key, static_cast<uint32_t>((begin + j) >> 2), c1, c2, 0, numbers);
 #pragma omp simd
-    for (int i = 0; i < kPhiloxNumbers; ++i) scales[i] = numbers[i] >= threshold ? scale : 0.0f;
-  }
-
-  void columns(int64_t row, int64_t begin, float* scales) const {
-    const uint64_t r = static_cast<uint64_t>(row);
-    columns(static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), begin, scales);
-  }
-
-  // values[i] *= the scale of column begin + i of `row`, i in [0, n); begin is a multiple of 4.
-  [[gnu::noinline]] void apply(int64_t row, int64_t begin, int64_t n, float* values) const {
-    float scales[kPhiloxNumbers];
-    for (int64_t i = 0; i < n; i += kPhiloxNumbers) {
-      columns(row, begin + i, scales);
-      const int64_t count = n - i < kPhiloxNumbers ? n - i : kPhiloxNumbers;
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) values[i + k] *= scales[k];
+      for (int i = 0; i < kPhiloxNumbers; ++i) scales[j + i] = numbers[i] >= threshold ? scale : 0.0f;
     }
+  }
+
+  void columns(int64_t row, int64_t begin, int64_t n, float* scales) const {
+    const uint64_t r = static_cast<uint64_t>(row);
+    columns(static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), begin, n, scales);
   }
 
  private:
