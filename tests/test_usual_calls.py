@@ -1,5 +1,6 @@
 """A usual call runs wholly in C++ and computes what the checked way computes; every other call is checked."""
 
+import importlib
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -421,6 +422,17 @@ def test_a_builtin_refuses_any_number_of_arguments_but_its_own():
     for name in NAMES:
         builtin = getattr(_load.USUAL, name)
         assert builtin() is None and builtin(*[torch.ones(3, 16)] * 30) is None
+
+
+def test_without_python_headers_the_libraries_are_built_and_the_reason_is_known(tmp_path, monkeypatch):
+    """They then have the kernels, and no module for Python to import."""
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    toolchain = importlib.import_module("toolchain")
+    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert toolchain.missing_python_headers() == f"{tmp_path}/Python.h is missing"
+    target = tmp_path / f"_cpu_{_load.ISA}.so"
+    toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, {_load.ISA: target})
+    assert b"PyInit__cpu_" not in target.read_bytes() and b"layer_norm_backward" in target.read_bytes()
 
 
 WITHOUT = f"""
