@@ -21,6 +21,7 @@ class BuildNative(build_ext):
             import torch
 
             record["torch"] = torch.__version__
+            record["usual_calls"] = toolchain.missing_python_headers()
             targets = {e.name.rsplit("_", 1)[1]: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
             toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, targets)
         except Exception as error:  # no compiler, no torch, out of memory

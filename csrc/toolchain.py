@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,12 @@ def _objects_folder(torch_version: str) -> Path:
     return _ROOT.parent / "build" / "objects" / hashlib.sha256(key).hexdigest()[:12]
 
 
+def missing_python_headers() -> str | None:
+    """Why usual_*.cpp, which speak to Python itself, cannot be compiled here; None if they can."""
+    folder = Path(sysconfig.get_paths()["include"])
+    return None if (folder / "Python.h").exists() else f"{folder}/Python.h is missing"
+
+
 def cpu_libraries(torch_folder: Path, torch_version: str, targets: dict[str, Path]) -> None:
     """Builds one library per instruction set: targets maps a name of ISA_FLAGS to the library's path.
 
@@ -59,12 +67,19 @@ def cpu_libraries(torch_folder: Path, torch_version: str, targets: dict[str, Pat
     """
     objects = _objects_folder(torch_version)
     include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
-    work = [("bindings", include, f) for f in sorted((_ROOT / "bindings").glob("*.cpp"))]
+    work, linked_to = [], ["-lc10", "-ltorch_cpu"]
+    bindings = sorted((_ROOT / "bindings").glob("*.cpp"))
+    work += [("bindings", include, f) for f in bindings if not f.stem.startswith("usual_")]
+    if missing_python_headers() is None:  # without them every call takes its longer way, through Python
+        python = f"{include} -isystem{sysconfig.get_paths()['include']}"
+        calls = f"calls_{sys.implementation.cache_tag}"
+        work += [(calls, python, f) for f in bindings if f.stem.startswith("usual_")]
+        linked_to.append("-ltorch_python")
     for isa in targets:
         work += [(isa, f"{KERNEL} {ISA_FLAGS[isa]}", f) for f in sorted((_ROOT / "cpu").glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_object, f, objects / kind / f"{f.stem}.o", flags) for kind, flags, f in work]
     made = [(kind, job.result()) for (kind, _, _), job in zip(work, jobs, strict=True)]
     for isa, target in targets.items():
-        linked = [made_object for kind, made_object in made if kind in ("bindings", isa)]
-        run(["-shared", *linked, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"], target)
+        linked = [made_object for kind, made_object in made if kind == isa or kind not in ISA_FLAGS]
+        run(["-shared", *linked, f"-L{torch_folder}/lib", *linked_to], target)

@@ -2,7 +2,9 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -49,6 +51,18 @@ def _load_all() -> dict[str, str | None]:
     }
 
 
+def _usual_calls() -> ModuleType | None:
+    """The builtins that run usual calls, in the loaded library; None where it was built without them.
+
+    setup.py then wrote the reason to _build.json, as "usual_calls".
+    """
+    try:
+        return import_module(f"._cpu_{ISA}", __package__)
+    except ImportError:  # no Python.h at the build, or another Python's library
+        return None
+
+
 ISA: str = _ISA.get(torch.backends.cpu.get_cpu_capability(), "default")
 MISSING: dict[str, str | None] = _load_all()  # backend -> None if it is loaded, else the reason
 AUTOGRAD = MISSING["cpu"] is None  # the kernels' autograd node is in the same library
+USUAL = _usual_calls() if MISSING["cpu"] is None else None

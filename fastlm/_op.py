@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _load
 
@@ -55,6 +55,19 @@ def _check_backend(op: str, backend: str | None) -> None:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
 
 
+def may_be_usual(backend: str | None) -> bool:
+    """Whether a call may be a usual one, for Op.usual to try: nobody names a backend, and nobody traces.
+
+    What C++ cannot see; the rest it looks at itself: csrc/bindings/usual_calls.h.
+    """
+    return backend is None and not is_dynamo_compiling() and _forced.backend is None
+
+
+def _never(*_) -> None:
+    """Instead of a builtin where there is none: no call is a usual one."""
+    return None
+
+
 class Op:
     """One operation: its meaning (`reference`), its schemas, and its kernels.
 
@@ -66,6 +79,9 @@ class Op:
     body: for an op that contains a matmul: (forward, backward) in Python, called with the backend first.
     shared_gradients: {argument: "d<another>" or "d<output>"}: a gradient equal to another, where the backward
         kernel returns none or an empty one: a functional op may not return one tensor twice.
+
+    usual: takes check's arguments, but no seed: runs a usual call in C++, with its checks, and returns the
+        public outputs; None if the call is not a usual one, and then nothing has happened.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class Op:
         shared_gradients: dict[str, str] | None = None,
     ):
         self.name, self.reference, self.check, self.backends = name, reference, check, backends
+        self.usual: Callable = getattr(_load.USUAL, name, _never)
         self.forward: dict[str, Callable] = {}
         self.backward: dict[str, Callable] = {}
         for backend in backends:

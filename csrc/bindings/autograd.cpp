@@ -1,14 +1,19 @@
 // The autograd side of every op: one node, wired by what fastlm/_op.py read from the op's two schemas. In C++
 // because an autograd.Function in Python costs 20 us forward and 30 us backward, which a small op never
 // earns back.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/ops/item.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -17,7 +22,6 @@ namespace {
 
 using at::IValue;
 using at::Tensor;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 using Ints = std::vector<int64_t>;
@@ -44,72 +48,101 @@ bool needs_graph(const IValue* args, int64_t count) {
   return false;
 }
 
+// No transform of torch.func has a rule for a node in C++, nor has forward mode.
+void refuse_transforms(const IValue* args, int64_t count) {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (transforms) transforms->checkSupportsCppAutogradFunction();
+  for (int64_t i = 0; i < count; ++i) {
+    const bool dual = args[i].isTensor() && args[i].toTensor()._fw_grad(0).defined();
+    TORCH_CHECK_NOT_IMPLEMENTED(!dual, "fastlm: no kernel has a rule for forward-mode gradients");
+  }
+}
+
 void run_below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   at::AutoDispatchBelowADInplaceOrView guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
-// One call of a kernel: what its node needs to run it.
-struct Call {
-  const Wiring* wiring;
-  const c10::OperatorHandle* op;
-  c10::DispatchKeySet keys;
-  Stack* stack;  // the kernel's arguments, then its outputs
-};
+// Shared before torch 2.13, intrusive since.
+using NodePointer = std::remove_cvref_t<decltype(std::declval<const Tensor&>().grad_fn())>;
 
-struct Node : torch::autograd::Function<Node> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Call& call) {
-    const Wiring& w = *call.wiring;
-    c10::List<IValue> constants(c10::AnyType::get());  // tensors are kept as saved variables
-    c10::List<bool> is_tensor;
-    for (const IValue& arg : torch::jit::last(*call.stack, w.arguments)) {
-      is_tensor.push_back(arg.isTensor());
-      constants.push_back(arg.isTensor() ? IValue() : arg);
+// A kernel's backward in the graph. Not torch::autograd::Function: what that keeps by name, wraps and checks
+// costs a call 10 us, forward and backward.
+class KernelNode : public torch::autograd::Node {
+ public:
+  KernelNode(const Wiring& wiring, torch::autograd::edge_list&& edges, const IValue* args)
+      : Node(std::move(edges)), wiring_(wiring) {
+    saved_.reserve(next_edges().size() + wiring.saved_outputs.size());
+    constants_.reserve(wiring.arguments);
+    for (int64_t i = 0; i < wiring.arguments; ++i) {
+      is_tensor_.push_back(args[i].isTensor());
+      if (is_tensor_[i]) saved_.emplace_back(args[i].toTensor(), false);
+      constants_.push_back(is_tensor_[i] ? IValue() : args[i]);
     }
-    run_below_autograd(*call.op, call.keys, call.stack);
-    variable_list outputs, saved = tensors.vec();
-    for (const IValue& out : torch::jit::last(*call.stack, w.outputs)) outputs.push_back(out.toTensor());
-    for (const int64_t i : w.saved_outputs) saved.push_back(outputs[i]);
-    ctx->save_for_backward(std::move(saved));
-    ctx->mark_non_differentiable({outputs.begin() + w.public_outputs, outputs.end()});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["constants"] = std::move(constants);
-    ctx->saved_data["is_tensor"] = std::move(is_tensor);
-    ctx->saved_data["wiring"] = reinterpret_cast<int64_t>(call.wiring);
-    return outputs;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Wiring& w = *reinterpret_cast<const Wiring*>(ctx->saved_data["wiring"].toInt());
-    const auto is_tensor = ctx->saved_data["is_tensor"].toBoolList();
-    const auto constants = ctx->saved_data["constants"].toList();
-    grads.resize(w.public_outputs);
+  // outputs: of the kernel. The public ones become this node's, through `self`.
+  void record(const NodePointer& self, const IValue* outputs) {
+    for (int64_t i = 0; i < wiring_.public_outputs; ++i)
+      torch::autograd::set_history(outputs[i].toTensor(), self);
+    for (const int64_t i : wiring_.saved_outputs)
+      saved_.emplace_back(outputs[i].toTensor(), i < wiring_.public_outputs);
+  }
+
+  std::string name() const override { return wiring_.backward.operator_name().name; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.clear();
+    released_ = true;
+  }
+
+  // One gradient for each argument that is a tensor.
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Wiring& w = wiring_;
     std::vector<bool> needs;
     size_t tensors = 0;
-    for (const bool tensor : is_tensor) needs.push_back(tensor && ctx->needs_input_grad(tensors++));
+    for (const bool tensor : is_tensor_) needs.push_back(tensor && task_should_compute_output(tensors++));
     variable_list found(w.arguments), compact;
-    const bool any = std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); });
-    if (any) {
-      const variable_list saved = ctx->get_saved_variables();  // once: checkpointing recomputes at the first
-      std::vector<IValue> known(grads.begin(), grads.end());
-      for (IValue& g : known) g = g.toTensor().defined() ? g : IValue();
-      size_t next = 0;
-      for (size_t i = 0; i < is_tensor.size(); ++i) {
-        known.push_back(is_tensor[i] ? IValue(saved[next++]) : IValue(constants.get(i)));
-      }
-      known.resize(known.size() + w.outputs);
-      for (const int64_t i : w.saved_outputs) known[grads.size() + w.arguments + i] = saved[next++];
+    if (std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
+      const std::vector<IValue> known = all_known(std::move(grads));
       if (at::GradMode::is_enabled()) {
         found = differentiable(w, known, needs);
       } else {
         found = units_are_there(w, known, needs) ? scaled_units(w, known, needs) : gradients(w, known, needs);
       }
     }
-    for (size_t i = 0; i < is_tensor.size(); ++i) {
-      if (is_tensor[i]) compact.push_back(found[i]);
+    compact.reserve(tensors);
+    for (int64_t i = 0; i < w.arguments; ++i) {
+      if (is_tensor_[i]) compact.push_back(std::move(found[i]));
     }
-    compact.emplace_back();  // for `call`
     return compact;
+  }
+
+ private:
+  const Wiring& wiring_;
+  std::vector<bool> is_tensor_;                        // of each argument
+  std::vector<IValue> constants_;                      // the arguments that are not tensors, in their places
+  std::vector<torch::autograd::SavedVariable> saved_;  // the others, then the outputs that backward reads
+  bool released_ = false;
+
+  // The output gradients, arguments and outputs of the kernel. Saved tensors are read once: checkpointing
+  // recomputes them at the first look.
+  std::vector<IValue> all_known(variable_list&& grads) {
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const Wiring& w = wiring_;
+    const NodePointer self = getptr();
+    std::vector<IValue> known;
+    known.reserve(w.public_outputs + w.arguments + w.outputs);
+    for (Tensor& g : grads) known.push_back(g.defined() ? IValue(std::move(g)) : IValue());
+    size_t next = 0;
+    for (int64_t i = 0; i < w.arguments; ++i)
+      known.push_back(is_tensor_[i] ? IValue(saved_[next++].unpack(self)) : constants_[i]);
+    known.resize(known.size() + w.outputs);
+    for (const int64_t i : w.saved_outputs)
+      known[w.public_outputs + w.arguments + i] = saved_[next++].unpack(self);
+    return known;
   }
 
   // Whether forward computed all gradients that are needed, and their memory is free to be written to.
@@ -199,13 +232,28 @@ struct AutogradKernel : c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     const IValue* args = stack->data() + stack->size() - wiring.arguments;
     if (!needs_graph(args, wiring.arguments)) return run_below_autograd(op, keys, stack);
-    variable_list tensors;
-    for (int64_t i = 0; i < wiring.arguments; ++i) {
-      if (args[i].isTensor()) tensors.push_back(args[i].toTensor());
+    refuse_transforms(args, wiring.arguments);
+    const NodePointer node = new_node<NodePointer>(args);
+    {
+      const at::AutoGradMode off(false);  // a kernel's body may be Python
+      run_below_autograd(op, keys, stack);
     }
-    variable_list outputs = Node::apply(at::TensorList(tensors), Call{&wiring, &op, keys, stack});
-    torch::jit::drop(*stack, wiring.outputs);
-    for (Tensor& out : outputs) stack->emplace_back(std::move(out));
+    static_cast<KernelNode*>(node.get())->record(node, stack->data() + stack->size() - wiring.outputs);
+  }
+
+  template <class Pointer>
+  Pointer new_node(const IValue* args) const {
+    torch::autograd::edge_list edges;
+    for (int64_t i = 0; i < wiring.arguments; ++i) {
+      if (args[i].isTensor()) edges.push_back(torch::autograd::impl::gradient_edge(args[i].toTensor()));
+    }
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+      // The deleter of those releases.
+      const auto deleter = [](auto* node) { deleteNode(node); };
+      return Pointer(new KernelNode(wiring, std::move(edges), args), deleter);
+    } else {
+      return Pointer(c10::make_intrusive<KernelNode>(wiring, std::move(edges), args));
+    }
   }
 };
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check, _kv_cache
 
 
@@ -148,4 +148,7 @@ def append_kv(
 
     Source: https://arxiv.org/abs/2309.06180
     """
-    OP(backend, check(k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale))
+    arguments = (k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale)
+    if may_be_usual(backend) and OP.usual(*arguments):
+        return
+    OP(backend, check(*arguments))

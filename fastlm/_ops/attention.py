@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from .._philox import attention_scales
 from . import _attention_check, _check
 from ._autocast import matmul_operands
@@ -202,6 +202,11 @@ def attention(
 
     Source: https://arxiv.org/abs/2307.08691; the dropout mask: Philox4x32-10, docs/semantics.md.
     """
+    if may_be_usual(backend):
+        options = (scale, window, softcap, alibi_slopes, dropout_p, return_lse)
+        usual = OP.usual(q, k, v, causal, mask, bias, kv_lengths, *options)
+        if usual is not None:
+            return AttentionOutput(*usual) if return_lse else usual
     options = (scale, window, softcap, alibi_slopes, dropout_p, seed, return_lse)
     out, lse = OP(backend, check(q, k, v, causal, mask, bias, kv_lengths, *options))
     return AttentionOutput(out, lse) if return_lse else out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from .._philox import row_scales
 from . import _check
 
@@ -107,5 +107,7 @@ def bias_act(
 
     Source: https://arxiv.org/abs/1606.08415; the mask: Philox4x32-10, docs/semantics.md.
     """
+    if may_be_usual(backend) and (y := OP.usual(x, bias, activation, dropout_p)) is not None:
+        return y
     (y,) = OP(backend, check(x, bias, activation, dropout_p, seed))
     return y

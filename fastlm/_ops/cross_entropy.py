@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -158,5 +158,8 @@ def cross_entropy(
 
     Source: https://arxiv.org/abs/1512.00567 (label smoothing), https://arxiv.org/abs/2204.02311 (z loss).
     """
-    (loss,) = OP(backend, check(logits, target, ignore_index, label_smoothing, z_loss, reduction))
+    options = (ignore_index, label_smoothing, z_loss, reduction)
+    if may_be_usual(backend) and (loss := OP.usual(logits, target, *options)) is not None:
+        return loss
+    (loss,) = OP(backend, check(logits, target, *options))
     return loss

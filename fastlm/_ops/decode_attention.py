@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _attention_check, _check, _kv_cache
 from .attention import AttentionOutput
 from .attention import reference as attention_reference
@@ -162,5 +162,7 @@ def decode_attention(
     Source: https://pytorch.org/blog/flash-decoding
     """
     options = (block_table, k_scale, v_scale, scale, window, softcap, alibi_slopes, return_lse)
+    if may_be_usual(backend) and (usual := OP.usual(q, k_cache, v_cache, kv_lengths, *options)) is not None:
+        return AttentionOutput(*usual) if return_lse else usual
     out, lse = OP(backend, check(q, k_cache, v_cache, kv_lengths, *options))
     return AttentionOutput(out, lse) if return_lse else out

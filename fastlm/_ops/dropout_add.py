@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from .._philox import row_scales
 from . import _check
 
@@ -82,5 +82,7 @@ def dropout_add(
 
     Source: https://jmlr.org/papers/v15/srivastava14a.html; the mask: Philox4x32-10, docs/semantics.md.
     """
+    if may_be_usual(backend) and (y := OP.usual(x, residual, dropout_p)) is not None:
+        return y
     (y,) = OP(backend, check(x, residual, dropout_p, seed))
     return y

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check
 from .bias_act import ACTIVATIONS
 
@@ -76,5 +76,7 @@ def glu(
 
     Source: https://arxiv.org/abs/2002.05202.
     """
+    if may_be_usual(backend) and (y := OP.usual(gate, up, activation)) is not None:
+        return y
     (y,) = OP(backend, check(gate, up, activation))
     return y

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check
 from ._norms import NormOutput, contiguous, normed
 from ._norms import check as check_norm
@@ -101,5 +101,8 @@ def rms_norm(
 
     Source: https://arxiv.org/abs/1910.07467.
     """
-    y, h = OP(backend, check(x, weight, eps, weight_offset, residual, dropout_p, seed))
+    options = (eps, weight_offset, residual, dropout_p)
+    if may_be_usual(backend) and (y := OP.usual(x, weight, *options)) is not None:
+        return y if residual is None else NormOutput(*y)
+    y, h = OP(backend, check(x, weight, *options, seed))
     return y if residual is None else NormOutput(y, h)

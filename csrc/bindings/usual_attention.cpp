@@ -1,0 +1,147 @@
+// The usual calls of ops on heads. Each condition is that of check() in fastlm/_ops/<op>.py.
+#include "usual_calls.h"
+
+namespace fastlm::usual {
+namespace {
+
+constexpr int64_t kLargestHead = 512;  // LARGEST_HEAD in fastlm/_ops/attention.py
+
+const Tensor* heads(PyObject* object) {
+  const Tensor* t = floating(object);
+  return t && t->dim() == 4 && t->size(3) > 0 && t->size(3) <= kLargestHead ? t : nullptr;
+}
+
+// Keys k [n,Hkv,S,D] and values v [n,Hkv,S,Dv] for queries q [B,H,Sq,D], n being B.
+bool fit(const Tensor* q, const Tensor* k, const Tensor* v) {
+  if (!q || !k || !v || k->scalar_type() != q->scalar_type() || v->scalar_type() != q->scalar_type())
+    return false;
+  if (k->size(0) != q->size(0) || k->size(3) != q->size(3)) return false;
+  return k->size(1) != 0 && q->size(1) % k->size(1) == 0 && v->sizes().slice(0, 3) == k->sizes().slice(0, 3);
+}
+
+// A length for each sequence, in [0, most].
+bool lengths_fit(const Tensor* lengths, int64_t batch, int64_t most) {
+  if (!lengths || lengths->dim() != 1 || lengths->size(0) != batch) return false;
+  const int32_t* values = lengths->const_data_ptr<int32_t>();
+  return std::all_of(values, values + batch, [most](int32_t n) { return n >= 0 && n <= most; });
+}
+
+// None, which is dim ** -0.5, or a number.
+bool score_scale(PyObject* object, int64_t dim, double* to) {
+  if (object != Py_None) return number(object, to);
+  *to = std::pow(static_cast<double>(dim), -0.5);
+  return true;
+}
+
+// Where causal=True leaves it open which query stands beside which key, Python says so.
+bool diagonal(PyObject* causal, int64_t queries, int64_t keys, int64_t* offset, int64_t* right) {
+  const std::string_view name = text(causal);
+  const bool bottom = (causal == Py_True && queries == keys) || name == "bottom_right";
+  if (causal != Py_False && !bottom && name != "top_left") return false;
+  *offset = name == "top_left" ? 0 : keys - queries;
+  *right = causal == Py_False ? -1 : 0;
+  return true;
+}
+
+// cos or sin beside x [B,H,S,D]; no gradient goes to it.
+bool is_table(const Tensor* t, const Tensor& x) {
+  if (!t || (t->dim() != 2 && t->dim() != 3) || t->requires_grad()) return false;
+  if (t->scalar_type() != x.scalar_type() && t->scalar_type() != at::kFloat) return false;
+  const int64_t n = t->size(-1);
+  if (t->size(-2) != x.size(2) || n < 2 || n > x.size(3) || n % 2 != 0) return false;
+  return t->dim() == 2 || t->size(0) == 1 || t->size(0) == x.size(0);
+}
+
+}  // namespace
+
+// x, cos, sin, interleaved
+PyObject* rotated(Arguments a) {
+  static const auto op = kernel<Tensor(const Tensor&, const Tensor&, const Tensor&, bool)>("fastlm::rope");
+  const Tensor *in = floating(a[0]), *cosines = floating(a[1]), *sines = floating(a[2]);
+  bool interleaved;
+  if (!in || in->dim() != 4 || !is_table(cosines, *in) || !is_table(sines, *in)) return unusual();
+  if (!alike(sines, *cosines) || !boolean(a[3], &interleaved)) return unusual();
+  const Tensor x = *in, cos = *cosines, sin = *sines;
+  Tensor y = run(op, needs_graph(x), x, cos, sin, interleaved);
+  return wrapped(y);
+}
+
+// q, k, v, causal, mask, bias, kv_lengths, scale, window, softcap, alibi_slopes, dropout_p, return_lse
+PyObject* attended(Arguments a) {
+  static const auto op = kernel<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, double, int64_t, int64_t, int64_t, double, const OptionalTensor&, double,
+      const OptionalTensor&)>("fastlm::attention");
+  const Tensor *queries = heads(a[0]), *keys = heads(a[1]), *values = heads(a[2]);
+  double scale;
+  int64_t offset, right;
+  bool with_lse;
+  if (!fit(queries, keys, values)) return unusual();
+  if (!diagonal(a[3], queries->size(2), keys->size(2), &offset, &right)) return unusual();
+  if (a[4] != Py_None || a[5] != Py_None || a[8] != Py_None || a[10] != Py_None) return unusual();
+  if (!score_scale(a[7], queries->size(3), &scale) || !zero(a[9]) || !zero(a[11])) return unusual();
+  if (!boolean(a[12], &with_lse)) return unusual();
+  OptionalTensor lengths, none;
+  if (a[6] != Py_None) {
+    const Tensor* given_lengths = integers(a[6], at::kInt);
+    if (!lengths_fit(given_lengths, queries->size(0), keys->size(2))) return unusual();
+    lengths = *given_lengths;
+  }
+  const Tensor q = *queries, k = *keys, v = *values;
+  auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, none, none, lengths, scale, offset, int64_t{-1},
+                        right, 0.0, none, 0.0, none);
+  return with_lse ? wrapped(out, lse) : wrapped(out);
+}
+
+// q, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale, scale, window, softcap, alibi_slopes,
+// return_lse
+PyObject* decoded(Arguments a) {
+  static const auto op = kernel<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, double, int64_t, double, const OptionalTensor&)>(
+      "fastlm::decode_attention");
+  const Tensor *queries = heads(a[0]), *keys = heads(a[1]), *values = heads(a[2]);
+  const Tensor* held = integers(a[3], at::kInt);
+  double scale;
+  bool with_lse;
+  if (!fit(queries, keys, values) || !lengths_fit(held, queries->size(0), keys->size(2))) return unusual();
+  if (a[4] != Py_None || a[5] != Py_None || a[6] != Py_None || a[8] != Py_None || a[10] != Py_None)
+    return unusual();
+  if (!score_scale(a[7], queries->size(3), &scale) || !zero(a[9]) || !boolean(a[11], &with_lse))
+    return unusual();
+  const Tensor q = *queries, k = *keys, v = *values, lengths = *held;
+  if (needs_graph(q, k, v)) return unusual();  // there is no backward, and Python says so
+  const OptionalTensor none;
+  auto [out, lse] = run(op, false, q, k, v, lengths, none, none, none, scale, int64_t{-1}, 0.0, none);
+  return with_lse ? wrapped(out, lse) : wrapped(out);
+}
+
+// k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale; returns True once it is done
+PyObject* appended(Arguments a) {
+  static const auto op =
+      kernel<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>("fastlm::append_kv");
+  const Tensor *keys = floating(a[0]), *values = floating(a[1]);
+  const Tensor *k_to = floating(a[2]), *v_to = floating(a[3]), *held = integers(a[4], at::kInt);
+  if (!keys || !values || !k_to || !v_to || a[5] != Py_None || a[6] != Py_None || a[7] != Py_None)
+    return unusual();
+  for (const Tensor* t : {keys, values, k_to, v_to}) {
+    if (t->dim() != 4 || t->scalar_type() != keys->scalar_type() || t->size(0) != keys->size(0))
+      return unusual();
+  }
+  for (const Tensor* t : {k_to, v_to}) {
+    if (t->size(3) == 0 || (t->stride(3) != 1 && t->size(3) != 1)) return unusual();
+  }
+  const int64_t tokens = keys->size(2), heads = k_to->size(1), slots = k_to->size(2);
+  if (v_to->size(1) != heads || v_to->size(2) != slots || values->size(2) != tokens) return unusual();
+  if (keys->size(1) != heads || values->size(1) != heads) return unusual();
+  if (keys->size(3) != k_to->size(3) || values->size(3) != v_to->size(3)) return unusual();
+  if (!lengths_fit(held, keys->size(0), slots - tokens)) return unusual();
+  const Tensor k = *keys, v = *values, k_cache = *k_to, v_cache = *v_to, lengths = *held;
+  if (needs_graph(k, v, k_cache, v_cache)) return unusual();  // as above
+  const OptionalTensor none;
+  run(op, true, k, v, k_cache, v_cache, lengths, none, none, none);
+  Py_RETURN_TRUE;
+}
+
+}  // namespace fastlm::usual

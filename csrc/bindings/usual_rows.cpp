@@ -1,0 +1,143 @@
+// The usual calls of ops on rows. Each condition is that of check() in fastlm/_ops/<op>.py.
+#include "usual_calls.h"
+
+namespace fastlm::usual {
+namespace {
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+// A norm's x: rows of at least one element.
+const Tensor* rows_with_elements(PyObject* object) {
+  const Tensor* x = floating(object);
+  return x && x->dim() > 0 && x->size(-1) > 0 ? x : nullptr;
+}
+
+PyObject* norm_output(Tensor& y, Tensor& h, const OptionalTensor& residual) {
+  return residual ? wrapped(y, h) : wrapped(y);
+}
+
+// Whether every target is a class or the index to ignore.
+bool in_range(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  const int64_t* values = target.const_data_ptr<int64_t>();
+  for (int64_t i = 0, rows = target.numel(); i < rows; ++i) {
+    if ((values[i] < 0 || values[i] >= classes) && values[i] != ignore_index) return false;
+  }
+  return true;
+}
+
+bool integer(PyObject* object, int64_t* to) {
+  int overflow = 0;
+  if (!PyLong_CheckExact(object)) return false;
+  *to = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+}  // namespace
+
+// x, weight, bias, eps, residual, dropout_p
+PyObject* norm_layer(Arguments a) {
+  static const auto op =
+      kernel<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, double, const OptionalTensor&,
+                   double, const OptionalTensor&)>("fastlm::layer_norm");
+  const Tensor* in = rows_with_elements(a[0]);
+  OptionalTensor weight, bias, residual;
+  double eps;
+  if (!in || !parameter(a[1], in->size(-1), *in, &weight) || !parameter(a[2], in->size(-1), *in, &bias))
+    return unusual();
+  if (!number(a[3], &eps) || eps < 0 || !like_or_none(a[4], *in, &residual) || !zero(a[5])) return unusual();
+  const Tensor x = *in;
+  const bool graph = needs_graph(x, or_undefined(weight), or_undefined(bias), or_undefined(residual));
+  auto [y, h, _] = run(op, graph, x, weight, bias, eps, residual, 0.0, OptionalTensor());
+  return norm_output(y, h, residual);
+}
+
+// x, weight, eps, weight_offset, residual, dropout_p
+PyObject* norm_rms(Arguments a) {
+  static const auto op =
+      kernel<Three(const Tensor&, const OptionalTensor&, double, double, const OptionalTensor&, double,
+                   const OptionalTensor&)>("fastlm::rms_norm");
+  const Tensor* in = rows_with_elements(a[0]);
+  OptionalTensor weight, residual;
+  double eps, offset;
+  if (!in || !parameter(a[1], in->size(-1), *in, &weight)) return unusual();
+  if (!number(a[2], &eps) || eps < 0 || !number(a[3], &offset) || (!weight && offset != 0)) return unusual();
+  if (!like_or_none(a[4], *in, &residual) || !zero(a[5])) return unusual();
+  const Tensor x = *in;
+  const bool graph = needs_graph(x, or_undefined(weight), or_undefined(residual));
+  auto [y, h, _] = run(op, graph, x, weight, eps, offset, residual, 0.0, OptionalTensor());
+  return norm_output(y, h, residual);
+}
+
+// x, bias, activation, dropout_p
+PyObject* biased_activation(Arguments a) {
+  static const auto op =
+      kernel<Tensor(const Tensor&, const OptionalTensor&, c10::string_view, double, const OptionalTensor&)>(
+          "fastlm::bias_act");
+  const Tensor* in = floating(a[0]);
+  OptionalTensor bias;
+  c10::string_view name;
+  if (!in || !parameter(a[1], in->dim() ? in->size(-1) : -1, *in, &bias)) return unusual();
+  if (!activation(a[2], &name) || !zero(a[3])) return unusual();
+  const Tensor x = *in;
+  Tensor y = run(op, needs_graph(x, or_undefined(bias)), x, bias, name, 0.0, OptionalTensor());
+  return wrapped(y);
+}
+
+// gate, up, activation
+PyObject* gated(Arguments a) {
+  static const auto op = kernel<Tensor(const Tensor&, const Tensor&, c10::string_view)>("fastlm::glu");
+  const Tensor *gate = floating(a[0]), *up = dense(a[1]);
+  c10::string_view name;
+  if (!gate || !alike(up, *gate) || !activation(a[2], &name)) return unusual();
+  const Tensor left = *gate, right = *up;
+  Tensor y = run(op, needs_graph(left, right), left, right, name);
+  return wrapped(y);
+}
+
+// x, scale, mask, causal
+PyObject* softmaxed(Arguments a) {
+  static const auto op =
+      kernel<Tensor(const Tensor&, double, const OptionalTensor&, bool)>("fastlm::softmax");
+  const Tensor* in = floating(a[0]);
+  double scale;
+  bool causal;
+  if (!in || !number(a[1], &scale) || a[2] != Py_None || !boolean(a[3], &causal)) return unusual();
+  if (causal && (in->dim() < 2 || in->size(-1) != in->size(-2))) return unusual();
+  const Tensor x = *in;
+  Tensor y = run(op, needs_graph(x), x, scale, OptionalTensor(), causal);
+  return wrapped(y);
+}
+
+// logits, target, ignore_index, label_smoothing, z_loss, reduction
+PyObject* loss(Arguments a) {
+  static const auto op = kernel<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, int64_t, double, double, std::string_view)>("fastlm::cross_entropy");
+  const Tensor *logits = rows_with_elements(a[0]), *target = integers(a[1], at::kLong);
+  int64_t ignore_index;
+  double smoothing, z;
+  if (!logits || !target || target->sizes() != logits->sizes().slice(0, logits->dim() - 1)) return unusual();
+  if (!integer(a[2], &ignore_index) || !number(a[3], &smoothing) || !(smoothing >= 0 && smoothing <= 1))
+    return unusual();
+  const std::string_view reduction = text(a[5]);
+  const bool known = reduction == "mean" || reduction == "sum" || reduction == "none";
+  if (!number(a[4], &z) || z < 0 || !known || !in_range(*target, logits->size(-1), ignore_index))
+    return unusual();
+  const Tensor x = *logits, classes = *target;
+  auto [result, maximum, sum, count] =
+      run(op, needs_graph(x), x, classes, ignore_index, smoothing, z, reduction);
+  return wrapped(result);
+}
+
+// x, residual, dropout_p
+PyObject* added(Arguments a) {
+  static const auto op = kernel<Tensor(const Tensor&, const OptionalTensor&, double, const OptionalTensor&)>(
+      "fastlm::dropout_add");
+  const Tensor* in = floating(a[0]);
+  OptionalTensor residual;
+  if (!in || !like_or_none(a[1], *in, &residual) || !zero(a[2])) return unusual();
+  const Tensor x = *in;
+  Tensor y = run(op, needs_graph(x, or_undefined(residual)), x, residual, 0.0, OptionalTensor());
+  return wrapped(y);
+}
+
+}  // namespace fastlm::usual
