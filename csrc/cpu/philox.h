@@ -65,10 +65,17 @@ __m256i every_second(__m256i a, __m256i b) {
   return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), kWords));
 }
 
+// Of each four words, the lower (0) or the upper (1) two of a, then of b.
+template <int kOfA, int kOfB>
+__m256i halves(__m256i a, __m256i b) {
+  constexpr int kWords = 5 * kOfA + 10 * kOfB;
+  return _mm256_castpd_si256(_mm256_shuffle_pd(_mm256_castsi256_pd(a), _mm256_castsi256_pd(b), kWords));
+}
+
 // A vector holds a word of eight counters. The hardware multiplies its even words and, shifted down, its odd
 // ones; the high words of both products together are one vector, the low words another, with the middle two
-// words of four swapped. All four words are swapped in each round, so that after ten they are in order again.
-// 14 instructions a round; a word in each 64 bits needs 16. Two vectors side by side hide the latencies.
+// of each four swapped: x2 and x3, made of x0, have them so in every round, and x0 and x1, made of x2, in
+// order. 14 instructions a round; a word in each 64 bits needs 16. Two vectors side by side hide latencies.
 inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* out) {
   constexpr int kGroups = kPhiloxCounters / 8;
   const auto all = [](uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); };
@@ -96,11 +103,11 @@ inline void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint3
       x3[g] = every_second<0>(even0, odd0);
     }
   }
-  for (int g = 0; g < kGroups; ++g) {  // transposes four vectors of 8 into 8 groups of four
+  for (int g = 0; g < kGroups; ++g) {  // four vectors of 8 become 8 groups of four
     const __m256i low01 = _mm256_unpacklo_epi32(x0[g], x1[g]), high01 = _mm256_unpackhi_epi32(x0[g], x1[g]);
     const __m256i low23 = _mm256_unpacklo_epi32(x2[g], x3[g]), high23 = _mm256_unpackhi_epi32(x2[g], x3[g]);
-    const __m256i p = _mm256_unpacklo_epi64(low01, low23), q = _mm256_unpackhi_epi64(low01, low23);
-    const __m256i r = _mm256_unpacklo_epi64(high01, high23), s = _mm256_unpackhi_epi64(high01, high23);
+    const __m256i p = halves<0, 0>(low01, low23), q = halves<1, 0>(low01, high23);
+    const __m256i r = halves<0, 1>(high01, low23), s = halves<1, 1>(high01, high23);
     __m256i* const to = reinterpret_cast<__m256i*>(out + 32 * g);
     _mm256_storeu_si256(to, _mm256_permute2x128_si256(p, q, 0x20));
     _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(r, s, 0x20));
