@@ -140,7 +140,7 @@ def busy():
     while not stop:
         megabytes(0.5)
 
-other = threading.Thread(target=busy)
+other = threading.Thread(target=busy, daemon=True)  # so that a failure ends the process
 other.start()
 for _ in range(20):  # while another thread holds the lock now and then
     child = os.fork()
