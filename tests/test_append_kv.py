@@ -146,10 +146,11 @@ def test_raw_kernel_passes_opcheck(name):
     torch.library.opcheck(OPS["append_kv"].forward["cpu"], OPS["append_kv"].check(**optional | inputs))
 
 
-def test_autograd_notices_the_write(backend):
-    inputs = _inputs()
-    w = torch.ones(9, 4, requires_grad=True)
-    loss = (w * inputs["k_cache"]).sum()
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "k_scale", "v_scale"])
+def test_autograd_notices_the_write(backend, name):
+    inputs = CASES["int8-odd" if name.endswith("scale") else "odd"].inputs(Draw(0, torch.float32))
+    w = torch.ones_like(inputs[name], requires_grad=True)
+    loss = (w * inputs[name]).sum()
     append_kv(**inputs, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

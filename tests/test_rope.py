@@ -26,10 +26,23 @@ def _rotate_half(x):
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
+def _neighbours(x):
+    """Elements i and i + n / 2 as elements 2i and 2i + 1."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_it_is_the_formula_of_hugging_faces_models(backend):
-    x, cos, sin = _inputs(2, 3, 7, 16)
-    torch.testing.assert_close(rope(x, cos, sin, backend=backend), x * cos + _rotate_half(x) * sin)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_it_is_the_formula_of_hugging_faces_models(backend, interleaved):
+    """Also of tables whose halves differ, and in its gradient."""
+    draw = Draw(0, torch.float32)
+    x, dy = (draw.normal(2, 3, 7, 16).requires_grad_() for _ in range(2))
+    cos, sin = draw.normal(7, 16), draw.normal(7, 16)
+    lay = _neighbours if interleaved else torch.clone
+    expected = lay(x * cos + _rotate_half(x) * sin)
+    got = rope(lay(x), cos, sin, interleaved=interleaved, backend=backend)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, dy) for y in (got, expected)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
