@@ -108,12 +108,11 @@ def test_a_token_without_a_slot_is_refused(backend, lengths):
 
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_a_page_that_does_not_exist_is_refused_where_a_token_would_go_there(backend, bad):
-    inputs = _inputs((3, 0), tokens=2, slots=9)
+    inputs = _inputs((3, 0), tokens=5, slots=9)
     pages = {n: torch.zeros(5, 2, 4, inputs[n].shape[3]) for n in ("k_cache", "v_cache")}
     table = torch.tensor([[1, 2, bad], [0, 4, bad]], dtype=torch.int32)
-    append_kv(
-        **inputs | pages, block_table=table, backend=backend
-    )  # tokens 3, 4 and 0, 1: the third is not needed
+    # Tokens 3 to 7 and 0 to 4: the second page is just full, the third is not needed.
+    append_kv(**inputs | pages, block_table=table, backend=backend)
     table[0, 1] = bad
     words = rf"block_table must name pages in \[0, 5\), got \[1, {bad}\] for sequence 0"
     with pytest.raises(ValueError, match=f"append_kv: {words}"):
