@@ -199,8 +199,7 @@ class Op:
         arguments, name = forward_schema[1 : forward_schema.index(") ->")], f"{self.name}_reference_gradients"
         _LIBRARY.define(f"{name}({arguments}, Tensor?[] output_gradients, bool[] needs) -> Tensor[]")
         _LIBRARY.impl(name, self.reference_gradients, "CompositeImplicitAutograd")
-        instead = {a: shared.get(a) for a in self.arguments}
-        codes = [-1 if g is None else self._gradient_code(g) for g in instead.values()]
+        codes = [self._gradient_code(shared[a]) if a in shared else -1 for a in self.arguments]
         gradient_of = [-1 if g is None else g for g in self.gradient_of]
         for backend in self.backward:
             names = (f"{self.name}.{backend}", f"{self.name}_backward.{backend}", name)

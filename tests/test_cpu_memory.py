@@ -1,8 +1,11 @@
 """fastlm.cpu.reuse_memory(): each test in a process of its own, since it cannot be undone."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
@@ -128,6 +131,25 @@ assert cpu.memory_statistics().in_use == 0
 """)
 
 
+@pytest.mark.parametrize("flags", ["-O1", "-O1 -fsanitize=thread"])
+def test_every_lock_is_held_when_threads_and_forks_meet(tmp_path, flags):
+    """The cache alone, with no interpreter's lock around it: a lock that is missing is seen for certain."""
+    probe, source = tmp_path / "probe", ROOT / "tests/native/block_cache_probe.cpp"
+    build = subprocess.run(
+        [os.environ.get("CXX", "g++"), "-std=c++20", "-pthread", *flags.split(), source, "-o", probe],
+        capture_output=True,
+        text=True,
+    )
+    if "tsan" in build.stderr:
+        pytest.skip("this compiler has no thread sanitizer")
+    assert build.returncode == 0, build.stderr
+    environment = os.environ | {"TSAN_OPTIONS": "die_after_fork=0"}
+    done = subprocess.run([probe], capture_output=True, text=True, timeout=120, env=environment)
+    if "FATAL: ThreadSanitizer" in done.stderr:
+        pytest.skip("the thread sanitizer does not run on this system")
+    assert done.returncode == 0, done.stderr
+
+
 def test_forked_child_allocates_frees_and_exits_and_the_parent_goes_on():
     said = _said("""
 torch.set_num_threads(1)  # a child may not use the parent's OpenMP threads
@@ -140,7 +162,7 @@ def busy():
     while not stop:
         megabytes(0.5)
 
-other = threading.Thread(target=busy)
+other = threading.Thread(target=busy, daemon=True)  # so that a failure ends the process
 other.start()
 for _ in range(20):  # while another thread holds the lock now and then
     child = os.fork()

@@ -62,11 +62,19 @@ def test_the_norms_of_llama_and_gemma_compute_what_their_models_do(ours, twin, d
     ("activation", "act_fn"),
     [("silu", nn.SiLU()), ("gelu", nn.GELU()), ("gelu_tanh", nn.GELU("tanh")), ("relu", nn.ReLU())],
 )
-def test_gated_feed_forward_computes_what_its_steps_do(activation, act_fn):
-    ours, twin = fastlm.nn.GatedFeedForward(24, 40, activation), GatedMLP(24, 40, act_fn)
-    assert list(ours.state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_feed_forward_computes_what_its_steps_do(activation, act_fn, bias):
+    ours = fastlm.nn.GatedFeedForward(24, 40, activation, bias=bias)
+    twin = GatedMLP(24, 40, act_fn, bias=bias)
+    kinds = ("weight", "bias") if bias else ("weight",)
+    assert list(ours.state_dict()) == [f"{n}_proj.{k}" for n in ("gate", "up", "down") for k in kinds]
     twin.load_state_dict(ours.state_dict())
     assert assert_alike(ours, twin, [torch.randn(3, 5, 24)]) == {"glu", "glu_backward"}
+
+
+def test_gated_feed_forward_is_made_where_and_as_it_is_asked():
+    made = fastlm.nn.GatedFeedForward(8, 16, bias=True, device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float16)}
 
 
 def test_gated_feed_forward_refuses_an_unknown_activation():
@@ -119,6 +127,9 @@ def test_rotary_embedding_interleaved_turns_neighbours():
 
 def test_rotary_tables_stay_exact_and_out_of_the_state_dict():
     rotary = fastlm.nn.RotaryEmbedding(8, 1000)
+    angles = torch.outer(torch.arange(1000.0).double(), 10000 ** (-torch.arange(4).double() / 4)).repeat(1, 2)
+    expected = angles.cos().float(), angles.sin().float()  # angles in float32 would be 3e-5 away
+    torch.testing.assert_close((rotary.cos, rotary.sin), expected, rtol=0, atol=1e-7)
     exact = rotary.cos.clone(), rotary.sin.clone()
     assert not rotary.state_dict() and rotary.cos.dtype == torch.float32
     for other in (copy.deepcopy(rotary).bfloat16(), copy.deepcopy(rotary).to("meta").to_empty(device="cpu")):
@@ -146,5 +157,6 @@ def test_rotary_embedding_refuses_what_its_tables_do_not_hold():
         rotary(q, q, offset=1, position_ids=torch.arange(5))
     with pytest.raises(IndexError):
         rotary(q, q, position_ids=torch.arange(5) + 2)
-    with pytest.raises(ValueError, match="RotaryEmbedding: dim must be even and positive, got 7"):
-        fastlm.nn.RotaryEmbedding(7)
+    for dim in (7, 0, -2):
+        with pytest.raises(ValueError, match=f"RotaryEmbedding: dim must be even and positive, got {dim}"):
+            fastlm.nn.RotaryEmbedding(dim)
