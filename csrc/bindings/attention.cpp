@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <ATen/ops/zeros.h>
+
 namespace fastlm {
 namespace {
 

@@ -6,9 +6,7 @@
 namespace fastlm {
 namespace {
 
-Tensor bias_of(const OptionalTensor& bias) {
-  return given(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
-}
+Tensor bias_of(const OptionalTensor& bias) { return given(bias) ? floats_of(*bias) : Tensor(); }
 
 const float* bias_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 

@@ -12,7 +12,7 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Three forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
               const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x), add = rows_of(residual);
-  const Tensor w = parameter(weight, in.cols, x, 1), b = parameter(bias, in.cols, x, 0);
+  const Tensor w = parameter(weight, in.cols, 1), b = parameter(bias, in.cols, 0);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
   const Tensor statistics = float_output({2, in.rows}, x);
   float* mean = statistics.mutable_data_ptr<float>();
@@ -39,7 +39,7 @@ Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& 
               double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
   // needs: dx, dweight, dbias, dresidual. Without dropout dx is dresidual: computed once, returned as dx.
   const Rows normed = rows_of(h.numel() ? h : x), gy = rows_of(dy), gh = rows_of(dh);
-  const Tensor w = parameter(weight, normed.cols, x, 1);
+  const Tensor w = parameter(weight, normed.cols, 1);
   const float* mean = statistics.const_data_ptr<float>();
   const Tensor dx = output_like(x, needs[0] || (needs[3] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[3] && dropout_p > 0);

@@ -15,7 +15,7 @@ float offset_of(const OptionalTensor& weight, double offset) {
 Three forward(const Tensor& x, const OptionalTensor& weight, double eps, double weight_offset,
               const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x), add = rows_of(residual);
-  const Tensor w = parameter(weight, in.cols, x, 1);
+  const Tensor w = parameter(weight, in.cols, 1);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
   const Tensor rstd = float_output(x.sizes().slice(0, x.dim() - 1), x);
   rms_norm_forward(context_of(x), {.dtype = dtype_of(x),
@@ -40,7 +40,7 @@ Three backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor&
                const OptionalTensor& seed, const std::array<bool, 3>& needs) {
   // needs: dx, dweight, dresidual. Without dropout dx is dresidual: computed once, returned as dx.
   const Rows normed = rows_of(h.numel() ? h : x), gy = rows_of(dy), gh = rows_of(dh);
-  const Tensor w = parameter(weight, normed.cols, x, 1);
+  const Tensor w = parameter(weight, normed.cols, 1);
   const Tensor dx = output_like(x, needs[0] || (needs[2] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[2] && dropout_p > 0);
   const Tensor dweight = float_output({normed.cols}, x, needs[1]);

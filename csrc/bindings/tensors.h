@@ -5,8 +5,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,7 +13,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../kernels.h"
+#include "../contract/convert.h"
 
 #define FASTLM_LIBRARY(m) TORCH_LIBRARY_IMPL(fastlm, CPU, m)
 #define BACKEND "cpu"
@@ -82,23 +80,6 @@ inline Rows rows_of(const Tensor& t) {
 
 inline Rows rows_of(const OptionalTensor& t) { return given(t) ? rows_of(*t) : Rows{}; }
 
-// A small tensor as contiguous float32.
-inline Tensor floats_of(const Tensor& t) {
-  return t.scalar_type() == at::kFloat ? t.contiguous() : t.to(at::kFloat).contiguous();
-}
-
-// A weight or bias as contiguous float32; `fill` where it was not given.
-inline Tensor parameter(const OptionalTensor& t, int64_t cols, const Tensor& like, float fill) {
-  if (given(t)) return floats_of(*t);
-  const auto options = like.options().dtype(at::kFloat);
-  return fill == 0 ? at::zeros({cols}, options) : at::ones({cols}, options);
-}
-
-// The gradient of a weight or bias in that one's own type.
-inline Tensor like_parameter(const Tensor& gradient, const OptionalTensor& t) {
-  return given(t) && t->scalar_type() != at::kFloat ? gradient.to(t->scalar_type()) : gradient;
-}
-
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   return {p, p > 0 ? seed->const_data_ptr<int64_t>() : nullptr};
 }
@@ -115,6 +96,30 @@ inline Tensor output_like(const Tensor& t, bool wanted = true) {
 
 inline Tensor float_output(at::IntArrayRef sizes, const Tensor&, bool wanted = true) {
   return new_tensor(sizes, at::kFloat, wanted);
+}
+
+// A small tensor as contiguous float32.
+inline Tensor floats_of(const Tensor& t) {
+  if (t.scalar_type() == at::kFloat) return t.contiguous();
+  const Tensor from = t.contiguous(), made = new_tensor(t.sizes(), at::kFloat);
+  to_float32(dtype_of(t), from.const_data_ptr(), t.numel(), made.mutable_data_ptr<float>());
+  return made;
+}
+
+// A weight or bias as contiguous float32; `fill` where it was not given.
+inline Tensor parameter(const OptionalTensor& t, int64_t cols, float fill) {
+  if (given(t)) return floats_of(*t);
+  const Tensor made = new_tensor({cols}, at::kFloat);
+  std::fill_n(made.mutable_data_ptr<float>(), cols, fill);
+  return made;
+}
+
+// The gradient of a weight or bias, contiguous float32, in that one's own type.
+inline Tensor like_parameter(const Tensor& gradient, const OptionalTensor& t) {
+  if (!given(t) || t->scalar_type() == at::kFloat) return gradient;
+  const Tensor made = new_tensor(gradient.sizes(), t->scalar_type());
+  from_float32(dtype_of(*t), gradient.const_data_ptr<float>(), gradient.numel(), made.mutable_data_ptr());
+  return made;
 }
 
 inline void* data_or_null(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }

@@ -15,9 +15,9 @@ template <bool kTransposed, class T>
 [[gnu::flatten]] void rotate_halves(const T* x, const float* cos, const float* sin, int64_t half, bool stream,
                                     T* y) {
   over_vectors(half, [&](int64_t i, auto which, int) {
-    const Vector a = load(x + i, which), b = load(x + half + i, which);
-    const Vector sin_a = load(sin + i, which), sin_b = load(sin + half + i, which);
-    const Vector to_a = kTransposed ? sin_b : -sin_a, to_b = kTransposed ? -sin_a : sin_b;
+    const auto a = load(x + i, which), b = load(x + half + i, which);
+    const auto sin_a = load(sin + i, which), sin_b = load(sin + half + i, which);
+    const auto to_a = kTransposed ? sin_b : -sin_a, to_b = kTransposed ? -sin_a : sin_b;
     store_result(a * load(cos + i, which) + b * to_a, y + i, which, stream);
     store_result(b * load(cos + half + i, which) + a * to_b, y + half + i, which, stream);
   });

@@ -40,24 +40,28 @@ inline void stream_vector(Vector v, float* p) { _mm_stream_ps(p, reinterpret_cas
 inline void stream_vector(Vector v, float* p) { store_vector(v, p); }
 #endif
 
-// Half precision: bytes from one aligned place to another, around the caches.
+#if defined(__SSE2__)
+inline void stream_piece(__m128i v, __m128i* p) { _mm_stream_si128(p, v); }
+#endif
+#if defined(__AVX2__)
+inline void stream_piece(__m256i v, __m256i* p) { _mm256_stream_si256(p, v); }
+#endif
+
+// Half precision: bytes from one aligned place to another, around the caches, a Piece at a time.
+template <class Piece, size_t kBytes>
+void stream_pieces(const void* from, void* to) {
+  for (size_t i = 0; i < kBytes / sizeof(Piece); ++i) {
+    stream_piece(static_cast<const Piece*>(from)[i], static_cast<Piece*>(to) + i);
+  }
+}
+
 template <size_t kBytes>
 void stream_bytes(const void* from, void* to) {
 #if defined(__AVX2__)
-  if constexpr (kBytes % sizeof(__m256i) == 0) {
-    for (size_t i = 0; i < kBytes / sizeof(__m256i); ++i) {
-      _mm256_stream_si256(static_cast<__m256i*>(to) + i, static_cast<const __m256i*>(from)[i]);
-    }
-    return;
-  }
+  if constexpr (kBytes % sizeof(__m256i) == 0) return stream_pieces<__m256i, kBytes>(from, to);
 #endif
 #if defined(__SSE2__)
-  if constexpr (kBytes % sizeof(__m128i) == 0) {
-    for (size_t i = 0; i < kBytes / sizeof(__m128i); ++i) {
-      _mm_stream_si128(static_cast<__m128i*>(to) + i, static_cast<const __m128i*>(from)[i]);
-    }
-    return;
-  }
+  if constexpr (kBytes % sizeof(__m128i) == 0) return stream_pieces<__m128i, kBytes>(from, to);
 #endif
   std::memcpy(to, from, kBytes);
 }
@@ -69,15 +73,32 @@ void stream_vector(Vector v, T* p) {
   stream_bytes<sizeof(words)>(words, p);
 }
 
+FASTLM_INLINE void stream_two(const Two& x, float* p) {
+  stream_vector(x.v[0], p);
+  stream_vector(x.v[1], p + kLanes);
+}
+template <class T>
+FASTLM_INLINE void stream_two(const Two& x, T* p) {
+  alignas(64) T words[kTwoNumbers];
+  store_two(x, words);
+  stream_bytes<sizeof(words)>(words, p);
+}
+
 // A kernel's result: `stream` is what streams() said of the output.
 template <class T>
-void store_result(Vector v, T* p, Whole which, bool stream) {
+FASTLM_INLINE void store_result(const Two& v, T* p, Block which, bool stream) {
+  if (stream) return stream_two(v, p);
+  store(v, p, which);
+}
+
+template <class T>
+FASTLM_INLINE void store_result(Vector v, T* p, Whole which, bool stream) {
   if (stream) return stream_vector(v, p);
   store(v, p, which);
 }
 
 template <class T>
-void store_result(Vector v, T* p, Part which, bool) {
+FASTLM_INLINE void store_result(Vector v, T* p, Part which, bool) {
   store(v, p, which);
 }
 
