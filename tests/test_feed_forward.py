@@ -125,6 +125,24 @@ def test_kernels_pass_opcheck(biased):
         torch.library.opcheck(op.backward["cpu"], (y, *tensors, z, *rest, needs))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 16), (3, 3, 16), (1, 0, 16), (16,)])
+def test_raw_kernels_neither_cast_nor_record_and_take_any_strides(shape, dtype):
+    first = Draw(0, dtype).normal(*shape[:-1], 24)
+    tensors = [t.requires_grad_() for t in (first, *_inputs(dtype=dtype)[1:])]
+    rest, op = ("silu", 0.2, torch.tensor([3])), OPS["feed_forward"]
+    y, z = op.forward["cpu"](*tensors, *rest)
+    dy = torch.stack([torch.ones_like(y), y.detach()], -1)[..., 1]
+    wanted = op.backward["cpu"](y.detach(), *tensors, z, *rest, [True] * 5)
+    with torch.autocast("cpu", torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        again = op.forward["cpu"](*tensors, *rest)
+        got = op.backward["cpu"](dy, *tensors, z, *rest, [True] * 5)
+    assert all(map(torch.equal, (y, z), again))
+    assert [(g.dtype, g.shape) for g in got] == [(dtype, t.shape) for t in tensors]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 BAD = [
     ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
     ({"x": torch.zeros(())}, ValueError, "x must have a last axis, got torch.float32 of shape ()"),

@@ -48,6 +48,7 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
         "attention": {"q": q, "k": k, "v": v, "causal": True, "kv_lengths": lengths},
         "decode_attention": {"q": q, **caches, "scale": 0.5},
         "append_kv": {"k": k, "v": v, **caches},
+        "feed_forward": {"x": x, "w1": t(8, 16), "b1": t(8), "w2": t(5, 8), "b2": t(5), "activation": "relu"},
     }
 
 
@@ -278,6 +279,7 @@ NUMBERS = {
     "attention": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "mask", "bias"),
     "decode_attention": ("scale", "softcap", "return_lse", "window", "block_table", "k_scale"),
     "append_kv": ("block_table", "k_scale"),
+    "feed_forward": ("activation", "dropout_p", "b1", "b2"),
 }
 VALUES = (
     *(float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 0.0, 1e300, 1.0, 2.0),
@@ -291,7 +293,7 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
     for argument in NUMBERS[name]:
         for value in VALUES:
             arguments = usual()[name] | {argument: value}
-            if name in ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention"):
+            if name in ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention", "feed_forward"):
                 arguments["seed"] = 7
             assert_same(outcome(name, arguments), checked(name, arguments))
 
@@ -325,6 +327,13 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("rope", {"cos": torch.ones(3, 7), "sin": torch.ones(3, 7)}),
         ("rope", {"cos": torch.ones(3, 10), "sin": torch.ones(3, 10)}),
         ("rope", {"cos": torch.ones(3, 8, requires_grad=True)}),
+        ("feed_forward", {"x": torch.tensor(1.0)}),
+        ("feed_forward", {"x": torch.ones(3, 15)}),
+        ("feed_forward", {"w2": torch.ones(5, 9)}),
+        ("feed_forward", {"b1": torch.ones(8).half()}),
+        ("feed_forward", {"b2": torch.ones(1, 5)}),
+        ("feed_forward", {"activation": "tanh"}),
+        ("feed_forward", {"dropout_p": 0.5, "seed": 1}),
     ],
 )
 def test_what_is_not_usual_is_checked(name, changed):
@@ -374,7 +383,7 @@ def test_fake_tensors_are_checked(name):
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
-@pytest.mark.parametrize("name", ["layer_norm", "glu", "softmax", "rope"])
+@pytest.mark.parametrize("name", ["layer_norm", "glu", "softmax", "rope", "feed_forward"])
 def test_a_functional_transform_makes_a_call_unusual(name, transform):
     """Also of a call that the transform's own tensors do not reach."""
     plain = usual()[name]

@@ -1,7 +1,7 @@
-#include "../contract/bias_act.h"
+#include "bias_act.h"
 
+#include "../contract/bias_act.h"
 #include "activation.h"
-#include "tensors.h"
 
 namespace fastlm {
 namespace {
@@ -10,8 +10,10 @@ Tensor bias_of(const OptionalTensor& bias) { return given(bias) ? floats_of(*bia
 
 const float* bias_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-Tensor forward(const Tensor& x, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
-               const OptionalTensor& seed) {
+}  // namespace
+
+Tensor bias_act_output(const Tensor& x, const OptionalTensor& bias, c10::string_view activation,
+                       double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x);
   const Tensor b = bias_of(bias), y = output_like(x);
   bias_act(context_of(x), {.dtype = dtype_of(x),
@@ -26,9 +28,9 @@ Tensor forward(const Tensor& x, const OptionalTensor& bias, c10::string_view act
   return y;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
-                                    c10::string_view activation, double dropout_p, const OptionalTensor& seed,
-                                    const std::array<bool, 2>& needs) {
+std::tuple<Tensor, Tensor> bias_act_gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
+                                              c10::string_view activation, double dropout_p,
+                                              const OptionalTensor& seed, const std::array<bool, 2>& needs) {
   const Rows in = rows_of(x), gy = rows_of(dy);
   const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
   const Tensor dbias = float_output({in.cols}, x, needs[1]);
@@ -49,11 +51,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Opt
   return {dx, like_parameter(dbias, bias)};
 }
 
-}  // namespace
-
 FASTLM_LIBRARY(m) {
-  m.impl("bias_act." BACKEND, &forward);
-  m.impl("bias_act_backward." BACKEND, &backward);
+  m.impl("bias_act." BACKEND, &bias_act_output);
+  m.impl("bias_act_backward." BACKEND, &bias_act_gradients);
 }
 
 }  // namespace fastlm

@@ -179,6 +179,7 @@ PyObject* gated(Arguments);
 PyObject* softmaxed(Arguments);
 PyObject* loss(Arguments);
 PyObject* added(Arguments);
+PyObject* fed_forward(Arguments);
 
 // usual_attention.cpp
 PyObject* rotated(Arguments);

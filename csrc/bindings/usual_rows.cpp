@@ -32,6 +32,17 @@ bool integer(PyObject* object, int64_t* to) {
   return overflow == 0;
 }
 
+// A matrix of x's type with this many columns; null for all else.
+const Tensor* matrix(PyObject* object, int64_t cols, const Tensor& x) {
+  const Tensor* t = dense(object);
+  return t && t->scalar_type() == x.scalar_type() && t->dim() == 2 && t->size(1) == cols ? t : nullptr;
+}
+
+// None, or a vector of x's type: kept in *to.
+bool matmul_bias(PyObject* object, int64_t size, const Tensor& x, OptionalTensor* to) {
+  return parameter(object, size, x, to) && (!*to || (*to)->scalar_type() == x.scalar_type());
+}
+
 }  // namespace
 
 // x, weight, bias, eps, residual, dropout_p
@@ -137,6 +148,25 @@ PyObject* added(Arguments a) {
   if (!in || !like_or_none(a[1], *in, &residual) || !zero(a[2])) return unusual();
   const Tensor x = *in;
   Tensor y = run(op, needs_graph(x, or_undefined(residual)), x, residual, 0.0, OptionalTensor());
+  return wrapped(y);
+}
+
+// x, w1, b1, w2, b2, activation, dropout_p
+PyObject* fed_forward(Arguments a) {
+  static const auto op = kernel<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+      c10::string_view, double, const OptionalTensor&)>("fastlm::feed_forward");
+  const Tensor* in = floating(a[0]);
+  const Tensor* first = in && in->dim() > 0 ? matrix(a[1], in->size(-1), *in) : nullptr;
+  const Tensor* second = first ? matrix(a[3], first->size(0), *in) : nullptr;
+  OptionalTensor b1, b2;
+  c10::string_view name;
+  if (!second || !matmul_bias(a[2], first->size(0), *in, &b1)) return unusual();
+  if (!matmul_bias(a[4], second->size(0), *in, &b2) || !activation(a[5], &name) || !zero(a[6]))
+    return unusual();
+  const Tensor x = *in, w1 = *first, w2 = *second;
+  const bool graph = needs_graph(x, w1, or_undefined(b1), w2, or_undefined(b2));
+  auto [y, z] = run(op, graph, x, w1, b1, w2, b2, name, 0.0, OptionalTensor());
   return wrapped(y);
 }
 

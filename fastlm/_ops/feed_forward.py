@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check, bias_act
 from ._autocast import matmul_operands
 
@@ -40,47 +40,6 @@ def check(x, w1, b1, w2, b2, activation, dropout_p, seed):
     return x, w1, b1, w2, b2, activation, p, _check.dropout_seed(op, p, seed, x)
 
 
-def _rows(t):
-    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
-
-
-def _linear(x, w, b):
-    return torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
-
-
-def _forward(backend, x, w1, b1, w2, b2, activation, dropout_p, seed):
-    """(y, z): z = x @ w1.T + b1 is all that backward needs; eager torch keeps four such tensors with dropout.
-
-    b1 is added by the matmul, before z is rounded to half precision: else relu's gradient meets wrong signs.
-    """
-    z = _linear(_rows(x), w1, b1)
-    y = _linear(bias_act.OP.forward[backend](z, None, activation, dropout_p, seed), w2, b2)
-    return y.reshape(*x.shape[:-1], w2.shape[0]), z
-
-
-def _backward(backend, dy, x, w1, b1, w2, b2, z, activation, dropout_p, seed, needs):
-    """The activation is computed again, and its memory then holds its own gradient."""
-    kernels, dy, middle = bias_act.OP, _rows(dy), (z, None, activation, dropout_p, seed)
-    grads = [x.new_empty(0) for _ in needs]
-    a = None
-    if needs[3]:
-        a = kernels.forward[backend](*middle)
-        grads[3] = torch.mm(dy.t(), a)
-    if needs[4]:
-        grads[4] = dy.sum(0)
-    if not any(needs[:3]):
-        return tuple(grads)
-    da = torch.mm(dy, w2, out=a)
-    dz, db1 = kernels.backward[backend](da, *middle, [needs[0] or needs[1], needs[2]])
-    if needs[0]:
-        grads[0] = torch.mm(dz, w1).reshape(x.shape)
-    if needs[1]:
-        grads[1] = torch.mm(dz.t(), _rows(x))
-    if needs[2]:
-        grads[2] = db1.to(x.dtype)
-    return tuple(grads)
-
-
 def _fake_forward(x, w1, b1, w2, b2, activation, dropout_p, seed):
     y = x.new_empty((*x.shape[:-1], w2.shape[0]))
     return y, x.new_empty((prod(x.shape[:-1]), w1.shape[0]))
@@ -107,7 +66,6 @@ OP = Op(
         _fake_backward,
     ),
     backends={"cpu": None},
-    body=(_forward, _backward),
 )
 
 
@@ -146,5 +104,9 @@ def feed_forward(
 
     Source: https://arxiv.org/abs/1706.03762, section 3.3; the mask: Philox4x32-10, docs/semantics.md.
     """
+    if may_be_usual(backend):
+        y = OP.usual(x, w1, b1, w2, b2, activation, dropout_p)
+        if y is not None:
+            return y
     (y,) = OP(backend, check(x, w1, b1, w2, b2, activation, dropout_p, seed))
     return y
