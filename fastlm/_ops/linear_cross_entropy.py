@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _check, cross_entropy
 from ._autocast import is_on, matmul_operands
 
@@ -126,5 +126,7 @@ def linear_cross_entropy(
     Source: https://arxiv.org/abs/2410.10989, section 3.2.
     """
     options = ignore_index, label_smoothing, z_loss, reduction
+    if may_be_usual(backend) and (loss := OP.usual(x, weight, target, bias, *options)) is not None:
+        return loss
     (loss,) = OP(backend, check(x, weight, target, bias, *options))
     return loss
