@@ -11,7 +11,6 @@ kernel runs.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -19,7 +18,6 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from . import _load
 
 _LIBRARY = torch.library.Library("fastlm", "DEF")
-_KEYS = {"cpu": "CPU", "cuda": "CUDA", "triton": "CUDA"}
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -76,7 +74,6 @@ class Op:
         the first is a floating tensor, the others are on its device, and float64 only where it is.
     forward, backward: (schema without a name, fake implementation); backward may be None.
     backends: name -> None, or a function of the forward arguments that returns a reason to refuse, or None.
-    body: for an op that contains a matmul: (forward, backward) in Python, called with the backend first.
     shared_gradients: {argument: "d<another>" or "d<output>"}: a gradient equal to another, where the backward
         kernel returns none or an empty one: a functional op may not return one tensor twice.
 
@@ -93,7 +90,6 @@ class Op:
         forward: tuple[str, Callable],
         backward: tuple[str, Callable] | None = None,
         backends: dict[str, Callable | None],
-        body: tuple[Callable, Callable | None] | None = None,
         shared_gradients: dict[str, str] | None = None,
     ):
         self.name, self.reference, self.check, self.backends = name, reference, check, backends
@@ -101,10 +97,9 @@ class Op:
         self.forward: dict[str, Callable] = {}
         self.backward: dict[str, Callable] = {}
         for backend in backends:
-            bodies = body or (None, None)
-            self.forward[backend] = declare(name, backend, forward, bodies[0])
+            self.forward[backend] = _declare(name, backend, forward)
             if backward:
-                self.backward[backend] = declare(f"{name}_backward", backend, backward, bodies[1])
+                self.backward[backend] = _declare(f"{name}_backward", backend, backward)
         schema = next(iter(self.forward.values()))._schema
         self.arguments = [a.name for a in schema.arguments]
         self.outputs = [r.name for r in schema.returns]
@@ -233,12 +228,9 @@ def _outside_autocast(function: Callable, args: Sequence):
     return function(*args)
 
 
-def declare(name: str, backend: str, schema_and_fake: tuple[str, Callable], body: Callable | None = None):
-    """The raw op fastlm::<name>.<backend>: its schema, its fake and, where it is Python, its body."""
+def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
+    """The raw op fastlm::<name>.<backend>: its schema and its fake; the kernel is registered in C++."""
     schema, fake = schema_and_fake
     _LIBRARY.define(f"{name}.{backend}{schema}")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
-    if body is not None:
-        run = partial(body, backend)
-        _LIBRARY.impl(f"{name}.{backend}", lambda *args: _outside_autocast(run, args), _KEYS[backend])
     return getattr(getattr(torch.ops.fastlm, name), backend)

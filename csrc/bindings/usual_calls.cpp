@@ -14,6 +14,7 @@ PyObject* module() {
                                   method<gated, 3>("glu"),
                                   method<softmaxed, 4>("softmax"),
                                   method<loss, 6>("cross_entropy"),
+                                  method<linear_loss, 8>("linear_cross_entropy"),
                                   method<added, 3>("dropout_add"),
                                   method<rotated, 4>("rope"),
                                   method<attended, 13>("attention"),

@@ -178,6 +178,7 @@ PyObject* biased_activation(Arguments);
 PyObject* gated(Arguments);
 PyObject* softmaxed(Arguments);
 PyObject* loss(Arguments);
+PyObject* linear_loss(Arguments);
 PyObject* added(Arguments);
 PyObject* fed_forward(Arguments);
 

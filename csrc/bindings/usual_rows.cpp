@@ -43,6 +43,29 @@ bool matmul_bias(PyObject* object, int64_t size, const Tensor& x, OptionalTensor
   return parameter(object, size, x, to) && (!*to || (*to)->scalar_type() == x.scalar_type());
 }
 
+// What both cross-entropies are told of their targets.
+struct LossOptions {
+  int64_t ignore_index;
+  double label_smoothing, z_loss;
+  std::string_view reduction;
+};
+
+// ignore_index, label_smoothing, z_loss, reduction
+bool loss_options(Arguments a, LossOptions* to) {
+  const bool numbers =
+      integer(a[0], &to->ignore_index) && number(a[1], &to->label_smoothing) && number(a[2], &to->z_loss);
+  if (!numbers || to->label_smoothing < 0 || to->label_smoothing > 1 || to->z_loss < 0) return false;
+  to->reduction = text(a[3]);
+  return to->reduction == "mean" || to->reduction == "sum" || to->reduction == "none";
+}
+
+// The class of each row of x, or the index to ignore; null for all else.
+const Tensor* targets_of(PyObject* object, const Tensor& x, int64_t classes, int64_t ignore_index) {
+  const Tensor* t = integers(object, at::kLong);
+  const bool fits = t && t->sizes() == x.sizes().slice(0, x.dim() - 1);
+  return fits && in_range(*t, classes, ignore_index) ? t : nullptr;
+}
+
 }  // namespace
 
 // x, weight, bias, eps, residual, dropout_p
@@ -123,19 +146,39 @@ PyObject* softmaxed(Arguments a) {
 PyObject* loss(Arguments a) {
   static const auto op = kernel<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, int64_t, double, double, std::string_view)>("fastlm::cross_entropy");
-  const Tensor *logits = rows_with_elements(a[0]), *target = integers(a[1], at::kLong);
-  int64_t ignore_index;
-  double smoothing, z;
-  if (!logits || !target || target->sizes() != logits->sizes().slice(0, logits->dim() - 1)) return unusual();
-  if (!integer(a[2], &ignore_index) || !number(a[3], &smoothing) || !(smoothing >= 0 && smoothing <= 1))
-    return unusual();
-  const std::string_view reduction = text(a[5]);
-  const bool known = reduction == "mean" || reduction == "sum" || reduction == "none";
-  if (!number(a[4], &z) || z < 0 || !known || !in_range(*target, logits->size(-1), ignore_index))
-    return unusual();
+  const Tensor* logits = rows_with_elements(a[0]);
+  LossOptions options;
+  if (!logits || !loss_options(a + 2, &options)) return unusual();
+  const Tensor* target = targets_of(a[1], *logits, logits->size(-1), options.ignore_index);
+  if (!target) return unusual();
   const Tensor x = *logits, classes = *target;
+  const auto [ignore_index, smoothing, z, reduction] = options;
   auto [result, maximum, sum, count] =
       run(op, needs_graph(x), x, classes, ignore_index, smoothing, z, reduction);
+  return wrapped(result);
+}
+
+// x, weight, target, bias, ignore_index, label_smoothing, z_loss, reduction
+PyObject* linear_loss(Arguments a) {
+  using Early = std::array<bool, 3>;
+  static const auto op = kernel<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, double, double,
+      std::string_view, bool, const Early&)>("fastlm::linear_cross_entropy");
+  const Tensor* in = rows_with_elements(a[0]);
+  const Tensor* rows = in ? matrix(a[1], in->size(-1), *in) : nullptr;
+  LossOptions options;
+  OptionalTensor bias;
+  if (!rows || rows->size(0) == 0 || !loss_options(a + 4, &options)) return unusual();
+  const Tensor* target = targets_of(a[2], *in, rows->size(0), options.ignore_index);
+  if (!target || !matmul_bias(a[3], rows->size(0), *in, &bias)) return unusual();
+  const Tensor x = *in, weight = *rows, classes = *target;
+  const auto [ignore_index, smoothing, z, reduction] = options;
+  const bool scalar = reduction != "none";
+  const Early early = {scalar && needs_graph(x), scalar && needs_graph(weight),
+                       scalar && needs_graph(or_undefined(bias))};
+  const bool graph = needs_graph(x, weight, or_undefined(bias));
+  auto [result, dx, dweight, dbias] =
+      run(op, graph, x, weight, bias, classes, ignore_index, smoothing, z, reduction, false, early);
   return wrapped(result);
 }
 

@@ -5,32 +5,15 @@ dweight at once: three matmuls in all, and no row's logits outlive its chunk. So
 and the gradient in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3.2.
 """
 
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._op import Op, declare
+from .._op import Op, may_be_usual
 from . import _check, cross_entropy
 from ._autocast import is_on, matmul_operands
-
-_ROWS = 512  # of a chunk: with 256 the matmuls are 7% slower, with 1024 2% faster
-_ELEMENTS = 1 << 26  # of a chunk's logits at most: 256 MB; a larger vocabulary has fewer rows in a chunk
-_CLASSES = 1024  # of a matmul: 22% faster than all at once; and few half-precision weights are float32
-
-IN_PLACE = {
-    "cpu": declare(
-        "cross_entropy_in_place",
-        "cpu",
-        (
-            "(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
-            " float z_loss) -> Tensor row_loss",
-            lambda logits, target, *_: logits.new_empty(target.shape),
-        ),
-    )
-}
 
 
 def reference(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early):
@@ -65,106 +48,8 @@ def check(x, weight, target, bias, ignore_index, label_smoothing, z_loss, reduct
     return x, weight, bias, target, *options, widened, early
 
 
-def _blocks(weight):
-    """(slice of classes, that part of the weight in float32)."""
-    for begin in range(0, weight.shape[0], _CLASSES):
-        classes = slice(begin, begin + _CLASSES)
-        yield classes, weight[classes].float()
-
-
-def _chunks(rows, classes):
-    """Even slices of the rows, as few as _ROWS and _ELEMENTS allow: cut by shape, whatever the values are."""
-    most = max(1, min(_ROWS, _ELEMENTS // classes))
-    step = max(1, -(-rows // max(1, -(-rows // most))))
-    return [slice(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
-
-
-class _Gradients:
-    """dx [rows, in], dweight [classes, in] and dbias [classes] in float32; empty where not needed."""
-
-    def __init__(self, rows, classes, needs):
-        (count, size), new = rows.shape, rows.new_empty if len(rows) else rows.new_zeros
-        self.needs = needs
-        self.dx = new((count, size) if needs[0] else 0)
-        self.dweight = new((classes, size) if needs[1] else 0)
-        self.dbias = rows.new_zeros(classes if needs[2] else 0)
-
-    def add(self, chunk, rows, dlogits, weight):
-        """Adds what the rows of `chunk`, a slice, give. beta 0 writes instead of adding."""
-        if self.needs[0]:
-            dx = self.dx[chunk]
-            for classes, block in _blocks(weight):
-                dx.addmm_(dlogits[:, classes], block, beta=float(classes.start > 0))
-        if self.needs[1]:
-            self.dweight.addmm_(dlogits.t(), rows, beta=float(chunk.start > 0))
-        if self.needs[2]:
-            self.dbias += dlogits.sum(0)
-
-
-def _of_rows(backend, rows, weight, bias, target, dloss, options, needs):
-    """(losses [n], dx, dweight, dbias) of float32 rows [n, in]; dloss [n] is for the gradients."""
-    losses, found = rows.new_empty(len(rows)), _Gradients(rows, len(weight), needs)
-    chunks = _chunks(len(rows), len(weight))
-    memory = rows.new_empty(chunks[0].stop if chunks else 0, len(weight))
-    for chunk in chunks:
-        part = rows[chunk]
-        logits = memory[: len(part)]
-        for classes, block in _blocks(weight):
-            torch.mm(part, block.t(), out=logits[:, classes])
-        if bias is not None:
-            logits += bias
-        given = dloss[chunk] if any(needs) else None
-        losses[chunk] = IN_PLACE[backend](logits, target[chunk], given, *options)
-        found.add(chunk, part, logits, weight)
-    return losses, found.dx, found.dweight, found.dbias
-
-
-def _run(backend, x, weight, bias, target, dloss, options, needs):
-    """(losses of target's shape, dx, dweight, dbias) in float32; ignored rows are left out of the matmuls."""
-    rows, targets, dloss = x.reshape(prod(x.shape[:-1]), x.shape[-1]), target.reshape(-1), dloss.reshape(-1)
-    used = (targets != options[0]).nonzero().squeeze(1)
-    if len(used) < len(targets):
-        rows, targets, dloss = rows[used], targets[used], dloss[used]
-    losses, dx, *rest = _of_rows(backend, rows.float(), weight, bias, targets, dloss, options, needs)
-    if len(used) < target.numel():
-        losses = losses.new_zeros(target.numel()).index_copy_(0, used, losses)
-        if needs[0]:
-            dx = dx.new_zeros(target.numel(), dx.shape[1]).index_copy_(0, used, dx)
-    return losses.reshape(target.shape), dx.reshape(x.shape) if needs[0] else dx, *rest
-
-
 def _loss_dtype(x, widened):
     return torch.float32 if widened else x.dtype
-
-
-def _divisor(target, ignore_index, reduction):
-    return max(1, int((target != ignore_index).sum())) if reduction == "mean" else 1
-
-
-def _forward(
-    backend, x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early
-):
-    """(loss, gradients for dloss = 1 as far as `early` says): with them, no logits are computed twice."""
-    divisor, options = _divisor(target, ignore_index, reduction), (ignore_index, label_smoothing, z_loss)
-    dloss = torch.full(target.shape, 1 / divisor, dtype=torch.float32, device=x.device)
-    losses, *gradients = _run(backend, x, weight, bias, target, dloss, options, early)
-    loss = losses if reduction == "none" else losses.double().sum() / divisor
-    return loss.to(_loss_dtype(x, widened)), *gradients
-
-
-def _backward(
-    backend, dloss, x, weight, bias, target, unit_dx, unit_dweight, unit_dbias,
-    ignore_index, label_smoothing, z_loss, reduction, early, needs,
-):  # fmt: skip
-    """Scales what forward computed, or computes the logits again: with "none" each row has its own dloss."""
-    dloss, found = dloss.float(), (unit_dx, unit_dweight, unit_dbias)
-    if all(e or not n for e, n in zip(early, needs, strict=True)):
-        found = [unit * dloss if need else unit.clone() for unit, need in zip(found, needs, strict=True)]
-    else:
-        dloss = (dloss / _divisor(target, ignore_index, reduction)).expand(target.shape)
-        options = ignore_index, label_smoothing, z_loss
-        _, *found = _run(backend, x, weight, bias, target, dloss, options, needs)
-    return tuple(f.to(x.dtype) for f in found)
 
 
 def _fake_forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early):
@@ -197,7 +82,6 @@ OP = Op(
         _fake_backward,
     ),
     backends={"cpu": None},
-    body=(_forward, _backward),
 )
 
 
@@ -242,5 +126,7 @@ def linear_cross_entropy(
     Source: https://arxiv.org/abs/2410.10989, section 3.2.
     """
     options = ignore_index, label_smoothing, z_loss, reduction
+    if may_be_usual(backend) and (loss := OP.usual(x, weight, target, bias, *options)) is not None:
+        return loss
     (loss,) = OP(backend, check(x, weight, target, bias, *options))
     return loss
