@@ -35,6 +35,8 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
     x, cos = t(3, 16), t(4, 8)
     q, k, v = t(2, 4, 3, 8), t(2, 2, 3, 8), t(2, 2, 3, 5)
     lengths = torch.tensor([1, 3], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 6], dtype=torch.int32)
+    packed = {"q": t(6, 4, 8), "k": t(6, 2, 8), "v": t(6, 2, 5), "cu_seqlens_q": starts}
     caches = {"k_cache": t(2, 2, 7, 8), "v_cache": t(2, 2, 7, 5), "kv_lengths": lengths}
     return {
         "layer_norm": {"x": x, "weight": t(16), "bias": torch.randn(16), "residual": t(3, 16)},
@@ -46,6 +48,7 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
         "dropout_add": {"x": x, "residual": t(3, 16)},
         "rope": {"x": q, "cos": t(3, 8), "sin": cos[:3]},
         "attention": {"q": q, "k": k, "v": v, "causal": True, "kv_lengths": lengths},
+        "attention_varlen": packed | {"cu_seqlens_k": starts, "max_q": 5, "max_k": 5, "causal": True},
         "decode_attention": {"q": q, **caches, "scale": 0.5},
         "append_kv": {"k": k, "v": v, **caches},
     }
@@ -276,6 +279,7 @@ NUMBERS = {
     "dropout_add": ("dropout_p",),
     "rope": ("interleaved",),
     "attention": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "mask", "bias"),
+    "attention_varlen": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "max_q", "max_k"),
     "decode_attention": ("scale", "softcap", "return_lse", "window", "block_table", "k_scale"),
     "append_kv": ("block_table", "k_scale"),
 }
@@ -291,7 +295,7 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
     for argument in NUMBERS[name]:
         for value in VALUES:
             arguments = usual()[name] | {argument: value}
-            if name in ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention"):
+            if name in ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention", "attention_varlen"):
                 arguments["seed"] = 7
             assert_same(outcome(name, arguments), checked(name, arguments))
 
@@ -319,6 +323,29 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("attention", {"kv_lengths": torch.tensor([1, 3])}),
         ("attention", {"window": (1, 0)}),
         ("attention", {"v": torch.ones(2, 2, 3, 513)}),
+        *(
+            ("attention_varlen", {f"cu_seqlens_{side}": torch.tensor(starts, dtype=torch.int32)})
+            for side in "qk"
+            for starts in (
+                [0, 1, 6],
+                [1, 2, 6],
+                [0, 1, 5],
+                [0, 7, 6],
+                [0, -1, 6],
+                [0, 1, 1, 6],
+                [0, 6],
+                [0],
+                [],
+            )
+        ),
+        ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 1, 6])}),
+        ("attention_varlen", {"max_k": 4}),
+        ("attention_varlen", {"max_q": 2**64}),
+        ("attention_varlen", {"max_q": True}),
+        ("attention_varlen", {"window": (1, 0)}),
+        ("attention_varlen", {"alibi_slopes": torch.ones(4)}),
+        ("attention_varlen", {"k": torch.ones(6, 3, 8), "v": torch.ones(6, 3, 8)}),
+        ("attention_varlen", {"v": torch.ones(6, 2, 513)}),
         ("decode_attention", {"kv_lengths": torch.tensor([1, 8], dtype=torch.int32)}),
         ("append_kv", {"kv_lengths": torch.tensor([1, 5], dtype=torch.int32)}),
         ("append_kv", {"kv_lengths": torch.tensor([-1, 3], dtype=torch.int32)}),

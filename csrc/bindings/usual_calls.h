@@ -183,6 +183,7 @@ PyObject* added(Arguments);
 // usual_attention.cpp
 PyObject* rotated(Arguments);
 PyObject* attended(Arguments);
+PyObject* attended_packed(Arguments);
 PyObject* decoded(Arguments);
 PyObject* appended(Arguments);
 
