@@ -323,21 +323,7 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("attention", {"kv_lengths": torch.tensor([1, 3])}),
         ("attention", {"window": (1, 0)}),
         ("attention", {"v": torch.ones(2, 2, 3, 513)}),
-        *(
-            ("attention_varlen", {f"cu_seqlens_{side}": torch.tensor(starts, dtype=torch.int32)})
-            for side in "qk"
-            for starts in (
-                [0, 1, 6],
-                [1, 2, 6],
-                [0, 1, 5],
-                [0, 7, 6],
-                [0, -1, 6],
-                [0, 1, 1, 6],
-                [0, 6],
-                [0],
-                [],
-            )
-        ),
+        ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 1, 6], dtype=torch.int32)}),  # causal, and two
         ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 1, 6])}),
         ("attention_varlen", {"max_k": 4}),
         ("attention_varlen", {"max_q": 2**64}),
@@ -356,6 +342,33 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
 )
 def test_what_is_not_usual_is_checked(name, changed):
     assert_unusual(name, usual()[name] | changed)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [
+        ([0, 1, 6], 4),
+        ([0, 7, 6], 9),
+        ([0, -1, 6], 9),
+        ([1, 2, 6], 9),
+        ([-1, 2, 6], 9),
+        ([0, 1, 5], 9),
+        ([0, 1, 7], 9),
+        ([0, 1, 1, 6], 9),
+        ([0, 6], 9),
+        ([0], 9),
+        ([], 9),
+        ([0, 1, 6], -1),
+    ],
+)
+def test_starts_of_sequences_are_looked_at(side, starts, longest):
+    arguments = usual()["attention_varlen"] | {"causal": False}
+    with watched("attention_varlen") as taken:
+        outcome("attention_varlen", arguments)
+    assert taken == [True]
+    changed = {f"cu_seqlens_{side}": torch.tensor(starts, dtype=torch.int32), f"max_{side}": longest}
+    assert_unusual("attention_varlen", arguments | changed)
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0), (0,), (), (16,), (2, 0, 16)])
