@@ -35,6 +35,8 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
     x, cos = t(3, 16), t(4, 8)
     q, k, v = t(2, 4, 3, 8), t(2, 2, 3, 8), t(2, 2, 3, 5)
     lengths, target = torch.tensor([1, 3], dtype=torch.int32), torch.tensor([2, -100, 15])
+    starts = torch.tensor([0, 1, 6], dtype=torch.int32)
+    packed = {"q": t(6, 4, 8), "k": t(6, 2, 8), "v": t(6, 2, 5), "cu_seqlens_q": starts}
     caches = {"k_cache": t(2, 2, 7, 8), "v_cache": t(2, 2, 7, 5), "kv_lengths": lengths}
     return {
         "layer_norm": {"x": x, "weight": t(16), "bias": torch.randn(16), "residual": t(3, 16)},
@@ -47,6 +49,7 @@ def usual(dtype=torch.float32) -> dict[str, dict]:
         "dropout_add": {"x": x, "residual": t(3, 16)},
         "rope": {"x": q, "cos": t(3, 8), "sin": cos[:3]},
         "attention": {"q": q, "k": k, "v": v, "causal": True, "kv_lengths": lengths},
+        "attention_varlen": packed | {"cu_seqlens_k": starts, "max_q": 5, "max_k": 5, "causal": True},
         "decode_attention": {"q": q, **caches, "scale": 0.5},
         "append_kv": {"k": k, "v": v, **caches},
         "feed_forward": {"x": x, "w1": t(8, 16), "b1": t(8), "w2": t(5, 8), "b2": t(5), "activation": "relu"},
@@ -279,10 +282,12 @@ NUMBERS = {
     "dropout_add": ("dropout_p",),
     "rope": ("interleaved",),
     "attention": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "mask", "bias"),
+    "attention_varlen": ("scale", "softcap", "dropout_p", "causal", "return_lse", "window", "max_q", "max_k"),
     "decode_attention": ("scale", "softcap", "return_lse", "window", "block_table", "k_scale"),
     "append_kv": ("block_table", "k_scale"),
     "feed_forward": ("activation", "dropout_p", "b1", "b2"),
 }
+SEEDED = ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention", "attention_varlen", "feed_forward")
 VALUES = (
     *(float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 0.0, 1e300, 1.0, 2.0),
     *(True, False, 0, 1, -1, 2**70, "1", "mean", "gelu", "none", "top_left", "bottom_right", "\ud800"),
@@ -295,7 +300,7 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
     for argument in NUMBERS[name]:
         for value in VALUES:
             arguments = usual()[name] | {argument: value}
-            if name in ("layer_norm", "rms_norm", "bias_act", "dropout_add", "attention", "feed_forward"):
+            if name in SEEDED:
                 arguments["seed"] = 7
             assert_same(outcome(name, arguments), checked(name, arguments))
 
@@ -331,6 +336,15 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("attention", {"kv_lengths": torch.tensor([1, 3])}),
         ("attention", {"window": (1, 0)}),
         ("attention", {"v": torch.ones(2, 2, 3, 513)}),
+        ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 1, 6], dtype=torch.int32)}),  # causal, and two
+        ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 1, 6])}),
+        ("attention_varlen", {"max_k": 4}),
+        ("attention_varlen", {"max_q": 2**64}),
+        ("attention_varlen", {"max_q": True}),
+        ("attention_varlen", {"window": (1, 0)}),
+        ("attention_varlen", {"alibi_slopes": torch.ones(4)}),
+        ("attention_varlen", {"k": torch.ones(6, 3, 8), "v": torch.ones(6, 3, 8)}),
+        ("attention_varlen", {"v": torch.ones(6, 2, 513)}),
         ("decode_attention", {"kv_lengths": torch.tensor([1, 8], dtype=torch.int32)}),
         ("append_kv", {"kv_lengths": torch.tensor([1, 5], dtype=torch.int32)}),
         ("append_kv", {"kv_lengths": torch.tensor([-1, 3], dtype=torch.int32)}),
@@ -348,6 +362,33 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
 )
 def test_what_is_not_usual_is_checked(name, changed):
     assert_unusual(name, usual()[name] | changed)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [
+        ([0, 1, 6], 4),
+        ([0, 7, 6], 9),
+        ([0, -1, 6], 9),
+        ([1, 2, 6], 9),
+        ([-1, 2, 6], 9),
+        ([0, 1, 5], 9),
+        ([0, 1, 7], 9),
+        ([0, 1, 1, 6], 9),
+        ([0, 6], 9),
+        ([0], 9),
+        ([], 9),
+        ([0, 1, 6], -1),
+    ],
+)
+def test_starts_of_sequences_are_looked_at(side, starts, longest):
+    arguments = usual()["attention_varlen"] | {"causal": False}
+    with watched("attention_varlen") as taken:
+        outcome("attention_varlen", arguments)
+    assert taken == [True]
+    changed = {f"cu_seqlens_{side}": torch.tensor(starts, dtype=torch.int32), f"max_{side}": longest}
+    assert_unusual("attention_varlen", arguments | changed)
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0), (0,), (), (16,), (2, 0, 16)])

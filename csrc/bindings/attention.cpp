@@ -8,10 +8,12 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// A new tensor that is contiguous as [batch, seq, heads, dim], seen as [batch, heads, seq, dim].
+// A new tensor [batch, heads, seq, dim] that is contiguous as [batch, seq, heads, dim].
 Tensor heads_output(at::IntArrayRef sizes, const Tensor& like, bool wanted = true) {
   if (!wanted) return new_tensor({0}, like.scalar_type());
-  return new_tensor({sizes[0], sizes[2], sizes[1], sizes[3]}, like.scalar_type()).transpose(1, 2);
+  const int64_t token = std::max<int64_t>(1, sizes[1]) * sizes[3];
+  const int64_t strides[] = {std::max<int64_t>(1, sizes[2]) * token, sizes[3], token, 1};
+  return at::detail::empty_strided_cpu(sizes, strides, like.scalar_type());
 }
 
 Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
@@ -37,7 +39,7 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
   const Tensor dq = heads_output(q.sizes(), q, needs[0]), dk = heads_output(k.sizes(), k, needs[1]);
   const Tensor dv = heads_output(v.sizes(), v, needs[2]);
   const bool wanted = needs[3] && given(bias);
-  const Tensor dbias = at::zeros(wanted ? bias->sizes() : at::IntArrayRef{0}, lse.options());
+  const Tensor dbias = wanted ? at::zeros(bias->sizes(), lse.options()) : Tensor();
   const Tensor gradient = given(dout) ? readable(*dout) : Tensor(),
                dsums = given(dlse) ? dlse->contiguous() : Tensor();
   AttentionBackward f = {.in = inputs.in,
@@ -46,7 +48,7 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
                          .dq = data_or_null(dq),
                          .dk = data_or_null(dk),
                          .dv = data_or_null(dv),
-                         .dbias = floats_or_null(dbias),
+                         .dbias = wanted ? floats_or_null(dbias) : nullptr,
                          .dbias_strides = {}};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);

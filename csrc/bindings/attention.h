@@ -1,4 +1,5 @@
-// What the bindings of attention's ops share: tensors [batch, heads, seq, dim] to AttentionInputs.
+// What the bindings of attention's ops share: tensors [batch, heads, seq, dim], or packed ones, [tokens,
+// heads, dim], to AttentionInputs.
 #pragma once
 
 #include "../contract/attention.h"
@@ -7,9 +8,13 @@
 namespace fastlm {
 
 // Read in place where the last dimension is contiguous: slices of a packed projection, transposed heads.
-inline Tensor readable(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous(); }
+inline Tensor readable(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
 
-inline Heads heads_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+// Where the rows of packed sequences start is for the caller to add.
+inline Heads heads_of(const Tensor& t) {
+  if (t.dim() == 3) return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
 
 // The strides of t along sizes that it is broadcast to.
 inline void broadcast_strides(const Tensor& t, at::IntArrayRef sizes, int64_t* strides) {
@@ -19,7 +24,8 @@ inline void broadcast_strides(const Tensor& t, at::IntArrayRef sizes, int64_t* s
   }
 }
 
-// The arguments that both directions share, and what keeps their copies alive.
+// The arguments that both directions share, and what keeps their copies alive; of packed sequences without
+// their number, starts and slopes.
 struct Inputs {
   Tensor q, k, v, lengths;
   AttentionInputs in;
@@ -32,15 +38,16 @@ inline Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, co
   Inputs made = {
       readable(q_), readable(k_), readable(v_), given(kv_lengths) ? kv_lengths->contiguous() : Tensor(), {}};
   const Tensor &q = made.q, &k = made.k, &v = made.v;
+  const int64_t seq = q.dim() == 3 ? 0 : 2;
   AttentionInputs& in = made.in;
   in = {.dtype = dtype_of(q),
         .batch = q.size(0),
         .heads = q.size(1),
         .kv_heads = k.size(1),
-        .queries = q.size(2),
-        .keys = k.size(2),
-        .dim = q.size(3),
-        .value_dim = v.size(3),
+        .queries = q.size(seq),
+        .keys = k.size(seq),
+        .dim = q.size(-1),
+        .value_dim = v.size(-1),
         .q = heads_of(q),
         .k = heads_of(k),
         .v = heads_of(v),

@@ -1,3 +1,5 @@
+#include <vector>
+
 #include "attention.h"
 
 namespace fastlm {
@@ -6,31 +8,28 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// [tokens, heads, dim] as [1, heads, tokens, dim].
-Tensor as_heads(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
-
 // Where sequences start, ascending within [0, tokens] whatever was given: nothing outside the tensors is ever
 // read or written.
-Tensor starts_of(const Tensor& cu_seqlens, int64_t tokens) {
-  const Tensor made = cu_seqlens.clone(at::MemoryFormat::Contiguous);
+std::vector<int32_t> starts_of(const Tensor& cu_seqlens, int64_t tokens) {
+  const Tensor given_starts = cu_seqlens.contiguous();
+  const int32_t* values = given_starts.const_data_ptr<int32_t>();
+  std::vector<int32_t> made(values, values + given_starts.numel());
   int32_t last = 0;
   const int32_t most = static_cast<int32_t>(std::min<int64_t>(tokens, INT32_MAX));
-  int32_t* starts = made.mutable_data_ptr<int32_t>();
-  for (int64_t b = 0; b < made.numel(); ++b) starts[b] = last = std::clamp(starts[b], last, most);
+  for (int32_t& start : made) start = last = std::clamp(start, last, most);
   return made;
 }
 
 // Fills what is of no sequence along `axis`, which runs over tokens.
-void fill_outside(const Tensor& t, int64_t axis, const Tensor& starts, double value) {
-  const int32_t* values = starts.const_data_ptr<int32_t>();
-  const int64_t begin = values[0], end = values[starts.numel() - 1], tokens = t.size(axis);
+void fill_outside(const Tensor& t, int64_t axis, const std::vector<int32_t>& starts, double value) {
+  const int64_t begin = starts.front(), end = starts.back(), tokens = t.size(axis);
   if (begin > 0) t.narrow(axis, 0, begin).fill_(value);
   if (end < tokens) t.narrow(axis, end, tokens - end).fill_(value);
 }
 
 // The arguments of both directions as those of the attention kernels, and what keeps them alive.
 struct Packed {
-  Tensor q_starts, k_starts;
+  std::vector<int32_t> q_starts, k_starts;
   Inputs inputs;
 };
 
@@ -38,14 +37,12 @@ Packed packed_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& cu_seqlens_k, double scale, bool top_left, int64_t left, int64_t right,
                  double softcap, const OptionalTensor& slopes, double dropout_p, const OptionalTensor& seed) {
   Packed made = {starts_of(cu_seqlens_q, q.size(0)), starts_of(cu_seqlens_k, k.size(0)),
-                 inputs_of(as_heads(q), as_heads(k), as_heads(v), {}, {}, {}, scale, 0, left, right, softcap,
-                           {}, dropout_p, seed)};
+                 inputs_of(q, k, v, {}, {}, {}, scale, 0, left, right, softcap, {}, dropout_p, seed)};
   AttentionInputs& in = made.inputs.in;
   in.batch = cu_seqlens_q.size(0) - 1;
   in.bottom_right = !top_left;
-  in.q.batch = in.k.batch = in.v.batch = 0;
-  in.q.starts = made.q_starts.const_data_ptr<int32_t>();
-  in.k.starts = in.v.starts = made.k_starts.const_data_ptr<int32_t>();
+  in.q.starts = made.q_starts.data();
+  in.k.starts = in.v.starts = made.k_starts.data();
   if (given(slopes)) {
     in.alibi_slopes = slopes->const_data_ptr<float>();
     broadcast_strides(*slopes, {in.batch, in.heads}, in.alibi_strides);
@@ -68,7 +65,7 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_
 }
 
 // A gradient of t, zero outside the sequences.
-Tensor gradient_like(const Tensor& t, const Tensor& starts, bool wanted) {
+Tensor gradient_like(const Tensor& t, const std::vector<int32_t>& starts, bool wanted) {
   const Tensor made = output_like(t, wanted);
   if (wanted) fill_outside(made, 0, starts, 0);
   return made;
@@ -85,7 +82,7 @@ Three backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Ten
   const Tensor dq = gradient_like(q, packed.q_starts, needs[0]);
   const Tensor dk = gradient_like(k, packed.k_starts, needs[1]);
   const Tensor dv = gradient_like(v, packed.k_starts, needs[2]);
-  const Tensor gradient = given(dout) ? readable(as_heads(*dout)) : Tensor(),
+  const Tensor gradient = given(dout) ? readable(*dout) : Tensor(),
                dsums = given(dlse) ? dlse->contiguous() : Tensor();
   AttentionBackward f = {.in = packed.inputs.in,
                          .dout = given(dout) ? heads_of(gradient) : Heads{},
@@ -95,7 +92,6 @@ Three backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Ten
                          .dv = data_or_null(dv),
                          .dbias = nullptr,
                          .dbias_strides = {}};
-  f.dout.batch = 0;
   f.dout.starts = f.in.q.starts;
   attention_backward(context_of(q), f);
   return {dq, dk, dv};

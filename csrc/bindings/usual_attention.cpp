@@ -11,6 +11,11 @@ const Tensor* heads(PyObject* object) {
   return t && t->dim() == 4 && t->size(3) > 0 && t->size(3) <= kLargestHead ? t : nullptr;
 }
 
+const Tensor* packed_heads(PyObject* object) {
+  const Tensor* t = floating(object);
+  return t && t->dim() == 3 && t->size(2) > 0 && t->size(2) <= kLargestHead ? t : nullptr;
+}
+
 // Keys k [n,Hkv,S,D] and values v [n,Hkv,S,Dv] for queries q [B,H,Sq,D], n being B.
 bool fit(const Tensor* q, const Tensor* k, const Tensor* v) {
   if (!q || !k || !v || k->scalar_type() != q->scalar_type() || v->scalar_type() != q->scalar_type())
@@ -26,6 +31,27 @@ bool lengths_fit(const Tensor* lengths, int64_t batch, int64_t most) {
   return std::all_of(values, values + batch, [most](int32_t n) { return n >= 0 && n <= most; });
 }
 
+// Keys k [Tk,Hkv,D] and values v [Tk,Hkv,Dv] for queries q [T,H,D].
+bool fit_packed(const Tensor* q, const Tensor* k, const Tensor* v) {
+  if (!q || !k || !v || k->scalar_type() != q->scalar_type() || v->scalar_type() != q->scalar_type())
+    return false;
+  if (k->size(2) != q->size(2) || k->size(1) == 0 || q->size(1) % k->size(1) != 0) return false;
+  return v->sizes().slice(0, 2) == k->sizes().slice(0, 2);
+}
+
+// Where sequences start: from 0 to `tokens`, never decreasing, no step above `limit`, which is kept in *most.
+bool starts_fit(const Tensor* starts, int64_t tokens, PyObject* limit, int64_t* most) {
+  if (!starts || starts->dim() != 1 || starts->size(0) == 0 || !PyLong_CheckExact(limit)) return false;
+  int overflow = 0;
+  *most = PyLong_AsLongLongAndOverflow(limit, &overflow);
+  if (overflow != 0 || *most < 0) return false;
+  const int32_t *values = starts->const_data_ptr<int32_t>(), *last = values + starts->size(0) - 1;
+  const auto too_far = [most = *most](int32_t start, int32_t end) {
+    return end < start || int64_t{end} - start > most;
+  };
+  return *values == 0 && *last == tokens && std::adjacent_find(values, last + 1, too_far) == last + 1;
+}
+
 // None, which is dim ** -0.5, or a number.
 bool score_scale(PyObject* object, int64_t dim, double* to) {
   if (object != Py_None) return number(object, to);
@@ -33,14 +59,14 @@ bool score_scale(PyObject* object, int64_t dim, double* to) {
   return true;
 }
 
-// Where causal=True leaves it open which query stands beside which key, Python says so.
-bool diagonal(PyObject* causal, int64_t queries, int64_t keys, int64_t* offset, int64_t* right) {
+// Whether the first query stands beside the first key, not the last beside the last, and how many keys to the
+// right of its own a query sees. `same`: there are as many keys; where causal=True leaves it open which
+// stands beside which, Python says so.
+bool diagonal(PyObject* causal, bool same, bool* top_left, int64_t* right) {
   const std::string_view name = text(causal);
-  const bool bottom = (causal == Py_True && queries == keys) || name == "bottom_right";
-  if (causal != Py_False && !bottom && name != "top_left") return false;
-  *offset = name == "top_left" ? 0 : keys - queries;
+  *top_left = name == "top_left";
   *right = causal == Py_False ? -1 : 0;
-  return true;
+  return causal == Py_False || (causal == Py_True && same) || *top_left || name == "bottom_right";
 }
 
 // cos or sin beside x [B,H,S,D]; no gradient goes to it.
@@ -74,10 +100,11 @@ PyObject* attended(Arguments a) {
       const OptionalTensor&)>("fastlm::attention");
   const Tensor *queries = heads(a[0]), *keys = heads(a[1]), *values = heads(a[2]);
   double scale;
-  int64_t offset, right;
-  bool with_lse;
+  int64_t right;
+  bool top_left, with_lse;
   if (!fit(queries, keys, values)) return unusual();
-  if (!diagonal(a[3], queries->size(2), keys->size(2), &offset, &right)) return unusual();
+  const int64_t ahead = keys->size(2) - queries->size(2);
+  if (!diagonal(a[3], ahead == 0, &top_left, &right)) return unusual();
   if (a[4] != Py_None || a[5] != Py_None || a[8] != Py_None || a[10] != Py_None) return unusual();
   if (!score_scale(a[7], queries->size(3), &scale) || !zero(a[9]) || !zero(a[11])) return unusual();
   if (!boolean(a[12], &with_lse)) return unusual();
@@ -88,8 +115,34 @@ PyObject* attended(Arguments a) {
     lengths = *given_lengths;
   }
   const Tensor q = *queries, k = *keys, v = *values;
-  auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, none, none, lengths, scale, offset, int64_t{-1},
-                        right, 0.0, none, 0.0, none);
+  auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, none, none, lengths, scale, top_left ? 0 : ahead,
+                        int64_t{-1}, right, 0.0, none, 0.0, none);
+  return with_lse ? wrapped(out, lse) : wrapped(out);
+}
+
+// q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale, window, softcap, alibi_slopes, dropout_p,
+// return_lse
+PyObject* attended_packed(Arguments a) {
+  static const auto op = kernel<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double,
+      bool, int64_t, int64_t, double, const OptionalTensor&, double, const OptionalTensor&)>(
+      "fastlm::attention_varlen");
+  const Tensor *queries = packed_heads(a[0]), *keys = packed_heads(a[1]), *values = packed_heads(a[2]);
+  const Tensor *q_starts = integers(a[3], at::kInt), *k_starts = integers(a[4], at::kInt);
+  double scale;
+  int64_t max_q, max_k, right;
+  bool top_left, with_lse;
+  if (!fit_packed(queries, keys, values)) return unusual();
+  if (!starts_fit(q_starts, queries->size(0), a[5], &max_q)) return unusual();
+  if (!starts_fit(k_starts, keys->size(0), a[6], &max_k) || k_starts->size(0) != q_starts->size(0))
+    return unusual();
+  if (!diagonal(a[7], a[3] == a[4], &top_left, &right)) return unusual();
+  if (a[9] != Py_None || a[11] != Py_None || !score_scale(a[8], queries->size(2), &scale)) return unusual();
+  if (!zero(a[10]) || !zero(a[12]) || !boolean(a[13], &with_lse)) return unusual();
+  const Tensor q = *queries, k = *keys, v = *values, cu_q = *q_starts, cu_k = *k_starts;
+  const OptionalTensor none;
+  auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, cu_q, cu_k, max_q, max_k, scale, top_left,
+                        int64_t{-1}, right, 0.0, none, 0.0, none);
   return with_lse ? wrapped(out, lse) : wrapped(out);
 }
 

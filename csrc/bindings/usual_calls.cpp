@@ -18,6 +18,7 @@ PyObject* module() {
                                   method<added, 3>("dropout_add"),
                                   method<rotated, 4>("rope"),
                                   method<attended, 13>("attention"),
+                                  method<attended_packed, 14>("attention_varlen"),
                                   method<decoded, 12>("decode_attention"),
                                   method<appended, 8>("append_kv"),
                                   method<fed_forward, 7>("feed_forward"),

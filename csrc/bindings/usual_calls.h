@@ -185,6 +185,7 @@ PyObject* fed_forward(Arguments);
 // usual_attention.cpp
 PyObject* rotated(Arguments);
 PyObject* attended(Arguments);
+PyObject* attended_packed(Arguments);
 PyObject* decoded(Arguments);
 PyObject* appended(Arguments);
 

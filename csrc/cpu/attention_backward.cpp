@@ -59,7 +59,8 @@ struct Split {
 // One chunk's part of dk and dv of one key head: rows of keys that its queries keep.
 struct Part {
   Range keys = {0, 0};
-  Floats dk, dv;
+  float *dk = nullptr, *dv = nullptr;
+  Floats memory;  // of both, where they outlive their task
 };
 
 struct Tiles {
@@ -68,12 +69,13 @@ struct Tiles {
   float *k, *kt, *v, *vt, *q, *dout, *dq, *s, *dp, *scales, *derivative, *dbias;
   Rows all_keys;
 
-  Tiles(const AttentionInputs& a, int64_t count)
+  // sums: whether dk and dv are this task's alone.
+  Tiles(const AttentionInputs& a, int64_t count, bool sums)
       : dim_ld(padded(a.dim)),
         value_ld(padded(a.value_dim)),
         keys(round_up(count, kKeys)),
         row_ld(padded(keys)),
-        scratch(floats()) {
+        scratch(floats() + (sums ? count * (dim_ld + value_ld) : 0)) {
     k = scratch.take(keys * dim_ld);
     v = scratch.take(kKeys * value_ld);
     kt = scratch.take(keys / kKeys * dim_ld * key_ld);
@@ -288,21 +290,26 @@ void pack_keys(const AttentionInputs& a, int64_t batch, int64_t kv_head, int64_t
   }
 }
 
+Floats zeros(int64_t count) {
+  Floats made = make_floats(count);
+  std::fill(made.get(), made.get() + count, 0.0f);
+  return made;
+}
+
 // dk or dv of some keys: the parts of all chunks, added in their order, times `factor`.
-void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, Floats Part::* which,
+void store_keys(const AttentionInputs& a, const Part* parts, int64_t chunks, float* Part::* which,
                 int64_t batch, int64_t kv_head, Range keys, int64_t cols, float factor, void* out) {
   const int64_t ld = padded(cols), first = first_row(a.k, batch, a.keys);
   if (chunks == 1 && parts->keys.begin <= keys.begin && keys.end <= parts->keys.end) {
-    const float* sums = (parts->*which).get() + (keys.begin - parts->keys.begin) * ld;
+    const float* sums = parts->*which + (keys.begin - parts->keys.begin) * ld;
     return store_rows(a.dtype, sums, a.kv_heads, first, kv_head, keys, cols, factor, out);
   }
-  Scratch scratch(kKeys * ld);
-  float* tile = scratch.take(kKeys * ld);
-  std::fill(tile, tile + (keys.end - keys.begin) * ld, 0.0f);
+  const Floats memory = zeros((keys.end - keys.begin) * ld);  // the scratch memory may hold the parts
+  float* tile = memory.get();
   for (const Part* part = parts; part < parts + chunks; ++part) {
     const Range both = intersection(part->keys, keys);
     if (both.empty()) continue;
-    const float* from = (part->*which).get() + (both.begin - part->keys.begin) * ld;
+    const float* from = part->*which + (both.begin - part->keys.begin) * ld;
     float* to = tile + (both.begin - keys.begin) * ld;
 #pragma omp simd
     for (int64_t c = 0; c < (both.end - both.begin) * ld; ++c) to[c] += from[c];
@@ -324,31 +331,31 @@ void store_all_keys(const AttentionBackward& f, const Part& part, int64_t batch,
   }
 }
 
-Floats zeros(int64_t count) {
-  Floats made = make_floats(count);
-  std::fill(made.get(), made.get() + count, 0.0f);
-  return made;
-}
-
-void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, Range queries, Part& part) {
+// alone: no other chunk adds to dk and dv, so that they are stored at once.
+void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, Range queries, bool alone,
+                    Part& part) {
   const AttentionInputs& a = f.in;
   const Band band = band_of(a, batch);
   const Range kept = band.keys_of(queries);
   part.keys = kept.empty() ? Range{0, 0} : Range{round_down(kept.begin, kLine), kept.end};
   const int64_t count = part.keys.end - part.keys.begin, group = a.heads / a.kv_heads;
-  Tiles t(a, count);
+  Tiles t(a, count, alone);
   pack_keys(a, batch, kv_head, queries.end - queries.begin, part.keys, t);
-  part.dk = zeros(f.dk ? count * t.dim_ld : 0);
-  part.dv = zeros(f.dv ? count * t.value_ld : 0);
+  const int64_t floats = count * (t.dim_ld + t.value_ld);
+  if (!alone) part.memory = make_floats(floats);
+  part.dk = alone ? t.scratch.take(floats) : part.memory.get();
+  part.dv = part.dk + count * t.dim_ld;
+  std::fill(part.dk, part.dk + floats, 0.0f);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Scores scores(a, batch, head);
     float* dbias = f.dbias ? f.dbias + batch * f.dbias_strides[0] + head * f.dbias_strides[1] : nullptr;
     const float* dlse = f.dlse ? f.dlse + first_statistic(a, batch, head) : nullptr;
-    const Head h = {f, scores, band, batch, head, part.keys.begin, dlse, dbias, part.dk.get(), part.dv.get()};
+    const Head h = {f, scores, band, batch, head, part.keys.begin, dlse, dbias, part.dk, part.dv};
     for (int64_t i = queries.begin; i < queries.end; i += kRows) {
       query_rows(h, t, {i, std::min(queries.end, i + kRows)});
     }
   }
+  if (alone) store_all_keys(f, part, batch, kv_head);
 }
 
 // The parts of the chunks of what sequences were cut into, added up: tiles of keys, of every head in turn.
@@ -381,10 +388,7 @@ void attention_backward(const Context& context, const AttentionBackward& f) {
     for (int64_t batch = block.batch; batch < block.batch + split.batches; ++batch) {
       for (int64_t head = h0; head < h0 + split.kv_heads; ++head) {
         Part& part = parts[split.part_of(batch, head, block.piece)];
-        backward_chunk(f, batch, head, block.queries, part);
-        if (split.chunks_of(batch) > 1) continue;
-        store_all_keys(f, part, batch, head);
-        part = Part();
+        backward_chunk(f, batch, head, block.queries, split.chunks_of(batch) == 1, part);
       }
     }
   });

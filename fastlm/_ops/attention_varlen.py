@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._op import Op
+from .._op import Op, may_be_usual
 from . import _attention_check, _check
 from . import attention as _dense
 from ._autocast import matmul_operands
@@ -185,5 +185,9 @@ def attention_varlen(
     Source: https://arxiv.org/abs/2307.08691; the dropout mask: Philox4x32-10, docs/semantics.md.
     """
     lengths, options = (cu_seqlens_q, cu_seqlens_k, max_q, max_k), (scale, window, softcap, alibi_slopes)
+    if may_be_usual(backend):
+        usual = OP.usual(q, k, v, *lengths, causal, *options, dropout_p, return_lse)
+        if usual is not None:
+            return AttentionOutput(*usual) if return_lse else usual
     out, lse = OP(backend, check(q, k, v, *lengths, causal, *options, dropout_p, seed, return_lse))
     return AttentionOutput(out, lse) if return_lse else out
