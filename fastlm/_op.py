@@ -77,7 +77,7 @@ class Op:
     shared_gradients: {argument: "d<another>" or "d<output>"}: a gradient equal to another, where the backward
         kernel returns none or an empty one: a functional op may not return one tensor twice.
 
-    usual: takes check's arguments, but no seed: runs a usual call in C++, with its checks, and returns the
+    usual: takes check's arguments: runs a usual call in C++, with its checks, and returns the
         public outputs; None if the call is not a usual one, and then nothing has happened.
     """
 

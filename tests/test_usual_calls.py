@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
-from usual_calls import NAMES, assert_same, checked, outcome, same, usual, watched
+from usual_calls import NAMES, SEEDED, assert_same, checked, outcome, same, usual, watched
 
 from fastlm import _load
 from fastlm._op import OPS
@@ -82,3 +82,26 @@ def test_parameters_are_usual_and_get_gradients(name):
         found, grads = gradients(name, parameters, differentiable)
     assert taken == [True]
     assert len(grads) == len([n for n in differentiable if n in arguments])
+
+
+@pytest.mark.parametrize("seed", [None, 7, -(2**63), torch.tensor([2**40 + 1])])
+@pytest.mark.parametrize("name", SEEDED)
+def test_dropout_is_usual_and_draws_what_the_checked_way_draws(name, seed):
+    arguments = usual()[name] | {"dropout_p": 0.25, "seed": seed}
+    torch.manual_seed(3)
+    with watched(name) as taken:
+        got = outcome(name, arguments)
+    state = torch.get_rng_state()
+    assert taken == [True]
+    torch.manual_seed(3)
+    assert_same(got, checked(name, arguments))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_call_that_turns_out_unusual_draws_nothing(name):
+    arguments = usual()[name] | {"dropout_p": 0.25}
+    first, state = next(iter(arguments)), torch.get_rng_state()
+    with watched(name) as taken:
+        outcome(name, arguments | {first: arguments[first].to(torch.complex64)})
+    assert taken == [False] and torch.equal(state, torch.get_rng_state())

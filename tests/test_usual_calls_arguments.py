@@ -3,11 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from usual_calls import NAMES, Subclass, assert_same, assert_unusual, checked, outcome, usual, watched
-
-
-def first(arguments: dict) -> str:
-    return next(iter(arguments))
+from usual_calls import NAMES, SEEDED, Subclass, assert_same, assert_unusual, checked, outcome, usual, watched
 
 
 def tensor_names(arguments: dict) -> list[str]:
@@ -90,15 +86,6 @@ NUMBERS = {
     "append_kv": ("block_table", "k_scale"),
     "feed_forward": ("activation", "dropout_p", "b1", "b2"),
 }
-SEEDED = (
-    "layer_norm",
-    "rms_norm",
-    "bias_act",
-    "dropout_add",
-    "attention",
-    "attention_varlen",
-    "feed_forward",
-)
 VALUES = (
     *(float("nan"), float("inf"), -float("inf"), -1.0, -0.0, 0.0, 1e300, 1.0, 2.0),
     *(True, False, 0, 1, -1, 2**70, "1", "mean", "gelu", "none", "top_left", "bottom_right", "\ud800"),
@@ -123,7 +110,13 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("layer_norm", {"eps": -1.0}),
         ("layer_norm", {"eps": 1}),
         ("layer_norm", {"eps": True}),
-        ("layer_norm", {"dropout_p": 0.5, "seed": 1}),
+        ("layer_norm", {"dropout_p": 1.0, "seed": 1}),
+        ("layer_norm", {"dropout_p": -0.5, "seed": 1}),
+        ("layer_norm", {"dropout_p": 0.5, "seed": True}),
+        ("layer_norm", {"dropout_p": 0.5, "seed": 2**63}),
+        ("layer_norm", {"dropout_p": 0.5, "seed": torch.tensor(7)}),
+        ("layer_norm", {"dropout_p": 0.5, "seed": torch.tensor([7, 7])}),
+        ("layer_norm", {"dropout_p": 0.5, "seed": torch.tensor([7], dtype=torch.int32)}),
         ("rms_norm", {"weight": None}),  # but an offset of 1
         ("bias_act", {"activation": "tanh"}),
         ("softmax", {"causal": 1}),
@@ -168,7 +161,6 @@ def test_any_value_of_a_number_gives_the_same_as_before(name):
         ("feed_forward", {"b1": torch.ones(8).half()}),
         ("feed_forward", {"b2": torch.ones(1, 5)}),
         ("feed_forward", {"activation": "tanh"}),
-        ("feed_forward", {"dropout_p": 0.5, "seed": 1}),
     ],
 )
 def test_what_is_not_usual_is_checked(name, changed):

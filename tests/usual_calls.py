@@ -9,6 +9,7 @@ from fastlm import _load, ops
 from fastlm._op import OPS
 
 NAMES = [n for n in OPS if hasattr(_load.USUAL, n)]
+SEEDED = [n for n in NAMES if "dropout_p" in OPS[n].arguments]
 
 
 class Subclass(Tensor):

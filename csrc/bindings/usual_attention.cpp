@@ -92,7 +92,7 @@ PyObject* rotated(Arguments a) {
   return wrapped(y);
 }
 
-// q, k, v, causal, mask, bias, kv_lengths, scale, window, softcap, alibi_slopes, dropout_p, return_lse
+// q, k, v, causal, mask, bias, kv_lengths, scale, window, softcap, alibi_slopes, dropout_p, seed, return_lse
 PyObject* attended(Arguments a) {
   static const auto op = kernel<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -106,8 +106,9 @@ PyObject* attended(Arguments a) {
   const int64_t ahead = keys->size(2) - queries->size(2);
   if (!diagonal(a[3], ahead == 0, &top_left, &right)) return unusual();
   if (a[4] != Py_None || a[5] != Py_None || a[8] != Py_None || a[10] != Py_None) return unusual();
-  if (!score_scale(a[7], queries->size(3), &scale) || !zero(a[9]) || !zero(a[11])) return unusual();
-  if (!boolean(a[12], &with_lse)) return unusual();
+  if (!score_scale(a[7], queries->size(3), &scale) || !zero(a[9])) return unusual();
+  DropoutArguments drop;
+  if (!dropout(a[11], a[12], &drop) || !boolean(a[13], &with_lse)) return unusual();
   OptionalTensor lengths, none;
   if (a[6] != Py_None) {
     const Tensor* given_lengths = integers(a[6], at::kInt);
@@ -116,12 +117,12 @@ PyObject* attended(Arguments a) {
   }
   const Tensor q = *queries, k = *keys, v = *values;
   auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, none, none, lengths, scale, top_left ? 0 : ahead,
-                        int64_t{-1}, right, 0.0, none, 0.0, none);
+                        int64_t{-1}, right, 0.0, none, drop.p, drop.seed());
   return with_lse ? wrapped(out, lse) : wrapped(out);
 }
 
 // q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale, window, softcap, alibi_slopes, dropout_p,
-// return_lse
+// seed, return_lse
 PyObject* attended_packed(Arguments a) {
   static const auto op = kernel<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double,
@@ -138,11 +139,12 @@ PyObject* attended_packed(Arguments a) {
     return unusual();
   if (!diagonal(a[7], a[3] == a[4], &top_left, &right)) return unusual();
   if (a[9] != Py_None || a[11] != Py_None || !score_scale(a[8], queries->size(2), &scale)) return unusual();
-  if (!zero(a[10]) || !zero(a[12]) || !boolean(a[13], &with_lse)) return unusual();
+  DropoutArguments drop;
+  if (!zero(a[10]) || !dropout(a[12], a[13], &drop) || !boolean(a[14], &with_lse)) return unusual();
   const Tensor q = *queries, k = *keys, v = *values, cu_q = *q_starts, cu_k = *k_starts;
   const OptionalTensor none;
   auto [out, lse] = run(op, needs_graph(q, k, v), q, k, v, cu_q, cu_k, max_q, max_k, scale, top_left,
-                        int64_t{-1}, right, 0.0, none, 0.0, none);
+                        int64_t{-1}, right, 0.0, none, drop.p, drop.seed());
   return with_lse ? wrapped(out, lse) : wrapped(out);
 }
 

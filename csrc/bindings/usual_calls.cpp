@@ -8,20 +8,20 @@ namespace {
 
 PyObject* module() {
   // The number beside each is of its arguments; fastlm/_ops/<op>.py passes them.
-  static PyMethodDef methods[] = {method<norm_layer, 6>("layer_norm"),
-                                  method<norm_rms, 6>("rms_norm"),
-                                  method<biased_activation, 4>("bias_act"),
+  static PyMethodDef methods[] = {method<norm_layer, 7>("layer_norm"),
+                                  method<norm_rms, 7>("rms_norm"),
+                                  method<biased_activation, 5>("bias_act"),
                                   method<gated, 3>("glu"),
                                   method<softmaxed, 4>("softmax"),
                                   method<loss, 6>("cross_entropy"),
                                   method<linear_loss, 8>("linear_cross_entropy"),
-                                  method<added, 3>("dropout_add"),
+                                  method<added, 4>("dropout_add"),
                                   method<rotated, 4>("rope"),
-                                  method<attended, 13>("attention"),
-                                  method<attended_packed, 14>("attention_varlen"),
+                                  method<attended, 14>("attention"),
+                                  method<attended_packed, 15>("attention_varlen"),
                                   method<decoded, 12>("decode_attention"),
                                   method<appended, 8>("append_kv"),
-                                  method<fed_forward, 7>("feed_forward"),
+                                  method<fed_forward, 8>("feed_forward"),
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "fastlm._cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -7,6 +7,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/randint.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -84,7 +85,41 @@ inline bool number(PyObject* object, double* to) {
   return std::isfinite(*to);
 }
 
+inline bool integer(PyObject* object, int64_t* to) {
+  int overflow = 0;
+  if (!PyLong_CheckExact(object)) return false;
+  *to = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
 inline bool zero(PyObject* object) { return PyFloat_CheckExact(object) && PyFloat_AS_DOUBLE(object) == 0.0; }
+
+// dropout_p and seed.
+struct DropoutArguments {
+  double p;
+  OptionalTensor given;
+
+  // int64 [1], drawn as _check.dropout_seed draws it; none without dropout. For calls that will run.
+  OptionalTensor seed() const {
+    if (p == 0) return {};
+    return given ? given : at::randint(INT64_MIN, INT64_MAX, {1}, at::kLong);
+  }
+};
+
+inline bool dropout(PyObject* p, PyObject* seed, DropoutArguments* to) {
+  if (!number(p, &to->p) || to->p < 0 || to->p >= 1) return false;
+  if (to->p == 0 || seed == Py_None) return true;
+  int64_t value;
+  if (integer(seed, &value)) {
+    to->given = new_tensor({1}, at::kLong);
+    *to->given->mutable_data_ptr<int64_t>() = value;
+    return true;
+  }
+  const Tensor* t = integers(seed, at::kLong);
+  if (!t || t->dim() != 1 || t->size(0) != 1) return false;
+  to->given = *t;
+  return true;
+}
 
 inline bool boolean(PyObject* object, bool* to) {
   *to = object == Py_True;

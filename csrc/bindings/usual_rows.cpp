@@ -25,13 +25,6 @@ bool in_range(const Tensor& target, int64_t classes, int64_t ignore_index) {
   return true;
 }
 
-bool integer(PyObject* object, int64_t* to) {
-  int overflow = 0;
-  if (!PyLong_CheckExact(object)) return false;
-  *to = PyLong_AsLongLongAndOverflow(object, &overflow);
-  return overflow == 0;
-}
-
 // A matrix of x's type with this many columns; null for all else.
 const Tensor* matrix(PyObject* object, int64_t cols, const Tensor& x) {
   const Tensor* t = dense(object);
@@ -68,7 +61,7 @@ const Tensor* targets_of(PyObject* object, const Tensor& x, int64_t classes, int
 
 }  // namespace
 
-// x, weight, bias, eps, residual, dropout_p
+// x, weight, bias, eps, residual, dropout_p, seed
 PyObject* norm_layer(Arguments a) {
   static const auto op =
       kernel<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, double, const OptionalTensor&,
@@ -78,14 +71,16 @@ PyObject* norm_layer(Arguments a) {
   double eps;
   if (!in || !parameter(a[1], in->size(-1), *in, &weight) || !parameter(a[2], in->size(-1), *in, &bias))
     return unusual();
-  if (!number(a[3], &eps) || eps < 0 || !like_or_none(a[4], *in, &residual) || !zero(a[5])) return unusual();
+  DropoutArguments drop;
+  if (!number(a[3], &eps) || eps < 0 || !like_or_none(a[4], *in, &residual)) return unusual();
+  if (!dropout(a[5], a[6], &drop)) return unusual();
   const Tensor x = *in;
   const bool graph = needs_graph(x, or_undefined(weight), or_undefined(bias), or_undefined(residual));
-  auto [y, h, _] = run(op, graph, x, weight, bias, eps, residual, 0.0, OptionalTensor());
+  auto [y, h, _] = run(op, graph, x, weight, bias, eps, residual, drop.p, drop.seed());
   return norm_output(y, h, residual);
 }
 
-// x, weight, eps, weight_offset, residual, dropout_p
+// x, weight, eps, weight_offset, residual, dropout_p, seed
 PyObject* norm_rms(Arguments a) {
   static const auto op =
       kernel<Three(const Tensor&, const OptionalTensor&, double, double, const OptionalTensor&, double,
@@ -95,14 +90,15 @@ PyObject* norm_rms(Arguments a) {
   double eps, offset;
   if (!in || !parameter(a[1], in->size(-1), *in, &weight)) return unusual();
   if (!number(a[2], &eps) || eps < 0 || !number(a[3], &offset) || (!weight && offset != 0)) return unusual();
-  if (!like_or_none(a[4], *in, &residual) || !zero(a[5])) return unusual();
+  DropoutArguments drop;
+  if (!like_or_none(a[4], *in, &residual) || !dropout(a[5], a[6], &drop)) return unusual();
   const Tensor x = *in;
   const bool graph = needs_graph(x, or_undefined(weight), or_undefined(residual));
-  auto [y, h, _] = run(op, graph, x, weight, eps, offset, residual, 0.0, OptionalTensor());
+  auto [y, h, _] = run(op, graph, x, weight, eps, offset, residual, drop.p, drop.seed());
   return norm_output(y, h, residual);
 }
 
-// x, bias, activation, dropout_p
+// x, bias, activation, dropout_p, seed
 PyObject* biased_activation(Arguments a) {
   static const auto op =
       kernel<Tensor(const Tensor&, const OptionalTensor&, c10::string_view, double, const OptionalTensor&)>(
@@ -111,9 +107,10 @@ PyObject* biased_activation(Arguments a) {
   OptionalTensor bias;
   c10::string_view name;
   if (!in || !parameter(a[1], in->dim() ? in->size(-1) : -1, *in, &bias)) return unusual();
-  if (!activation(a[2], &name) || !zero(a[3])) return unusual();
+  DropoutArguments drop;
+  if (!activation(a[2], &name) || !dropout(a[3], a[4], &drop)) return unusual();
   const Tensor x = *in;
-  Tensor y = run(op, needs_graph(x, or_undefined(bias)), x, bias, name, 0.0, OptionalTensor());
+  Tensor y = run(op, needs_graph(x, or_undefined(bias)), x, bias, name, drop.p, drop.seed());
   return wrapped(y);
 }
 
@@ -182,19 +179,20 @@ PyObject* linear_loss(Arguments a) {
   return wrapped(result);
 }
 
-// x, residual, dropout_p
+// x, residual, dropout_p, seed
 PyObject* added(Arguments a) {
   static const auto op = kernel<Tensor(const Tensor&, const OptionalTensor&, double, const OptionalTensor&)>(
       "fastlm::dropout_add");
   const Tensor* in = floating(a[0]);
   OptionalTensor residual;
-  if (!in || !like_or_none(a[1], *in, &residual) || !zero(a[2])) return unusual();
+  DropoutArguments drop;
+  if (!in || !like_or_none(a[1], *in, &residual) || !dropout(a[2], a[3], &drop)) return unusual();
   const Tensor x = *in;
-  Tensor y = run(op, needs_graph(x, or_undefined(residual)), x, residual, 0.0, OptionalTensor());
+  Tensor y = run(op, needs_graph(x, or_undefined(residual)), x, residual, drop.p, drop.seed());
   return wrapped(y);
 }
 
-// x, w1, b1, w2, b2, activation, dropout_p
+// x, w1, b1, w2, b2, activation, dropout_p, seed
 PyObject* fed_forward(Arguments a) {
   static const auto op = kernel<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
@@ -205,11 +203,12 @@ PyObject* fed_forward(Arguments a) {
   OptionalTensor b1, b2;
   c10::string_view name;
   if (!second || !matmul_bias(a[2], first->size(0), *in, &b1)) return unusual();
-  if (!matmul_bias(a[4], second->size(0), *in, &b2) || !activation(a[5], &name) || !zero(a[6]))
-    return unusual();
+  DropoutArguments drop;
+  if (!matmul_bias(a[4], second->size(0), *in, &b2) || !activation(a[5], &name)) return unusual();
+  if (!dropout(a[6], a[7], &drop)) return unusual();
   const Tensor x = *in, w1 = *first, w2 = *second;
   const bool graph = needs_graph(x, w1, or_undefined(b1), w2, or_undefined(b2));
-  auto [y, z] = run(op, graph, x, w1, b1, w2, b2, name, 0.0, OptionalTensor());
+  auto [y, z] = run(op, graph, x, w1, b1, w2, b2, name, drop.p, drop.seed());
   return wrapped(y);
 }
 

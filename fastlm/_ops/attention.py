@@ -202,11 +202,10 @@ def attention(
 
     Source: https://arxiv.org/abs/2307.08691; the dropout mask: Philox4x32-10, docs/semantics.md.
     """
+    options = (scale, window, softcap, alibi_slopes, dropout_p, seed, return_lse)
     if may_be_usual(backend):
-        options = (scale, window, softcap, alibi_slopes, dropout_p, return_lse)
         usual = OP.usual(q, k, v, causal, mask, bias, kv_lengths, *options)
         if usual is not None:
             return AttentionOutput(*usual) if return_lse else usual
-    options = (scale, window, softcap, alibi_slopes, dropout_p, seed, return_lse)
     out, lse = OP(backend, check(q, k, v, causal, mask, bias, kv_lengths, *options))
     return AttentionOutput(out, lse) if return_lse else out

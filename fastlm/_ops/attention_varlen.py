@@ -184,10 +184,11 @@ def attention_varlen(
 
     Source: https://arxiv.org/abs/2307.08691; the dropout mask: Philox4x32-10, docs/semantics.md.
     """
-    lengths, options = (cu_seqlens_q, cu_seqlens_k, max_q, max_k), (scale, window, softcap, alibi_slopes)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    options = (scale, window, softcap, alibi_slopes, dropout_p, seed, return_lse)
     if may_be_usual(backend):
-        usual = OP.usual(q, k, v, *lengths, causal, *options, dropout_p, return_lse)
+        usual = OP.usual(q, k, v, *lengths, causal, *options)
         if usual is not None:
             return AttentionOutput(*usual) if return_lse else usual
-    out, lse = OP(backend, check(q, k, v, *lengths, causal, *options, dropout_p, seed, return_lse))
+    out, lse = OP(backend, check(q, k, v, *lengths, causal, *options))
     return AttentionOutput(out, lse) if return_lse else out

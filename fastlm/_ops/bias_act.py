@@ -107,7 +107,7 @@ def bias_act(
 
     Source: https://arxiv.org/abs/1606.08415; the mask: Philox4x32-10, docs/semantics.md.
     """
-    if may_be_usual(backend) and (y := OP.usual(x, bias, activation, dropout_p)) is not None:
+    if may_be_usual(backend) and (y := OP.usual(x, bias, activation, dropout_p, seed)) is not None:
         return y
     (y,) = OP(backend, check(x, bias, activation, dropout_p, seed))
     return y

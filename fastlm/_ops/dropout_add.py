@@ -82,7 +82,7 @@ def dropout_add(
 
     Source: https://jmlr.org/papers/v15/srivastava14a.html; the mask: Philox4x32-10, docs/semantics.md.
     """
-    if may_be_usual(backend) and (y := OP.usual(x, residual, dropout_p)) is not None:
+    if may_be_usual(backend) and (y := OP.usual(x, residual, dropout_p, seed)) is not None:
         return y
     (y,) = OP(backend, check(x, residual, dropout_p, seed))
     return y

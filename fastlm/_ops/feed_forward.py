@@ -104,9 +104,8 @@ def feed_forward(
 
     Source: https://arxiv.org/abs/1706.03762, section 3.3; the mask: Philox4x32-10, docs/semantics.md.
     """
-    if may_be_usual(backend):
-        y = OP.usual(x, w1, b1, w2, b2, activation, dropout_p)
-        if y is not None:
-            return y
-    (y,) = OP(backend, check(x, w1, b1, w2, b2, activation, dropout_p, seed))
+    options = activation, dropout_p, seed
+    if may_be_usual(backend) and (y := OP.usual(x, w1, b1, w2, b2, *options)) is not None:
+        return y
+    (y,) = OP(backend, check(x, w1, b1, w2, b2, *options))
     return y

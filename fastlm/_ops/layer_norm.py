@@ -101,7 +101,8 @@ def layer_norm(
 
     Source: https://arxiv.org/abs/1607.06450.
     """
-    if may_be_usual(backend) and (y := OP.usual(x, weight, bias, eps, residual, dropout_p)) is not None:
+    options = (eps, residual, dropout_p, seed)
+    if may_be_usual(backend) and (y := OP.usual(x, weight, bias, *options)) is not None:
         return y if residual is None else NormOutput(*y)
-    y, h = OP(backend, check(x, weight, bias, eps, residual, dropout_p, seed))
+    y, h = OP(backend, check(x, weight, bias, *options))
     return y if residual is None else NormOutput(y, h)

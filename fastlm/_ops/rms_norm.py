@@ -101,8 +101,8 @@ def rms_norm(
 
     Source: https://arxiv.org/abs/1910.07467.
     """
-    options = (eps, weight_offset, residual, dropout_p)
+    options = (eps, weight_offset, residual, dropout_p, seed)
     if may_be_usual(backend) and (y := OP.usual(x, weight, *options)) is not None:
         return y if residual is None else NormOutput(*y)
-    y, h = OP(backend, check(x, weight, *options, seed))
+    y, h = OP(backend, check(x, weight, *options))
     return y if residual is None else NormOutput(y, h)
