@@ -6,22 +6,20 @@ namespace {
 
 constexpr int64_t kLargestHead = 512;  // LARGEST_HEAD in fastlm/_ops/attention.py
 
-const Tensor* heads(PyObject* object) {
+// [batch, heads, seq, dim], or with 3 axes packed sequences, [tokens, heads, dim].
+const Tensor* heads(PyObject* object, int64_t axes = 4) {
   const Tensor* t = floating(object);
-  return t && t->dim() == 4 && t->size(3) > 0 && t->size(3) <= kLargestHead ? t : nullptr;
+  return t && t->dim() == axes && t->size(-1) > 0 && t->size(-1) <= kLargestHead ? t : nullptr;
 }
 
-const Tensor* packed_heads(PyObject* object) {
-  const Tensor* t = floating(object);
-  return t && t->dim() == 3 && t->size(2) > 0 && t->size(2) <= kLargestHead ? t : nullptr;
-}
-
-// Keys k [n,Hkv,S,D] and values v [n,Hkv,S,Dv] for queries q [B,H,Sq,D], n being B.
+// Keys k [n,Hkv,S,D] and values v [n,Hkv,S,Dv] for queries q [B,H,Sq,D], n being B; packed ones alike.
 bool fit(const Tensor* q, const Tensor* k, const Tensor* v) {
   if (!q || !k || !v || k->scalar_type() != q->scalar_type() || v->scalar_type() != q->scalar_type())
     return false;
-  if (k->size(0) != q->size(0) || k->size(3) != q->size(3)) return false;
-  return k->size(1) != 0 && q->size(1) % k->size(1) == 0 && v->sizes().slice(0, 3) == k->sizes().slice(0, 3);
+  const int64_t last = q->dim() - 1;
+  if ((last == 3 && k->size(0) != q->size(0)) || k->size(last) != q->size(last)) return false;
+  return k->size(1) != 0 && q->size(1) % k->size(1) == 0 &&
+         v->sizes().slice(0, last) == k->sizes().slice(0, last);
 }
 
 // A length for each sequence, in [0, most].
@@ -31,20 +29,10 @@ bool lengths_fit(const Tensor* lengths, int64_t batch, int64_t most) {
   return std::all_of(values, values + batch, [most](int32_t n) { return n >= 0 && n <= most; });
 }
 
-// Keys k [Tk,Hkv,D] and values v [Tk,Hkv,Dv] for queries q [T,H,D].
-bool fit_packed(const Tensor* q, const Tensor* k, const Tensor* v) {
-  if (!q || !k || !v || k->scalar_type() != q->scalar_type() || v->scalar_type() != q->scalar_type())
-    return false;
-  if (k->size(2) != q->size(2) || k->size(1) == 0 || q->size(1) % k->size(1) != 0) return false;
-  return v->sizes().slice(0, 2) == k->sizes().slice(0, 2);
-}
-
 // Where sequences start: from 0 to `tokens`, never decreasing, no step above `limit`, which is kept in *most.
 bool starts_fit(const Tensor* starts, int64_t tokens, PyObject* limit, int64_t* most) {
-  if (!starts || starts->dim() != 1 || starts->size(0) == 0 || !PyLong_CheckExact(limit)) return false;
-  int overflow = 0;
-  *most = PyLong_AsLongLongAndOverflow(limit, &overflow);
-  if (overflow != 0 || *most < 0) return false;
+  if (!starts || starts->dim() != 1 || starts->size(0) == 0) return false;
+  if (!integer(limit, most) || *most < 0) return false;
   const int32_t *values = starts->const_data_ptr<int32_t>(), *last = values + starts->size(0) - 1;
   const auto too_far = [most = *most](int32_t start, int32_t end) {
     return end < start || int64_t{end} - start > most;
@@ -128,12 +116,12 @@ PyObject* attended_packed(Arguments a) {
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double,
       bool, int64_t, int64_t, double, const OptionalTensor&, double, const OptionalTensor&)>(
       "fastlm::attention_varlen");
-  const Tensor *queries = packed_heads(a[0]), *keys = packed_heads(a[1]), *values = packed_heads(a[2]);
+  const Tensor *queries = heads(a[0], 3), *keys = heads(a[1], 3), *values = heads(a[2], 3);
   const Tensor *q_starts = integers(a[3], at::kInt), *k_starts = integers(a[4], at::kInt);
   double scale;
   int64_t max_q, max_k, right;
   bool top_left, with_lse;
-  if (!fit_packed(queries, keys, values)) return unusual();
+  if (!fit(queries, keys, values)) return unusual();
   if (!starts_fit(q_starts, queries->size(0), a[5], &max_q)) return unusual();
   if (!starts_fit(k_starts, keys->size(0), a[6], &max_k) || k_starts->size(0) != q_starts->size(0))
     return unusual();
