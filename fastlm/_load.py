@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from . import _triton
+
 REINSTALL = "reinstall with 'pip install --no-build-isolation -e .'"
 
 _FOLDER = Path(__file__).parent
@@ -47,7 +49,7 @@ def _load_all() -> dict[str, str | None]:
     return {
         "cpu": _load(f"_cpu_{isa}", _build()),
         "cuda": "fastlm has no CUDA kernels yet",
-        "triton": "fastlm has no Triton kernels yet",
+        "triton": _triton.missing(),
     }
 
 

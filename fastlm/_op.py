@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from . import _load
+from . import _load, _triton
 
 _LIBRARY = torch.library.Library("fastlm", "DEF")
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
@@ -58,7 +58,12 @@ def may_be_usual(backend: str | None) -> bool:
 
     What C++ cannot see; the rest it looks at itself: csrc/bindings/usual_calls.h.
     """
-    return backend is None and not is_dynamo_compiling() and _forced.backend is None
+    return (
+        backend is None
+        and not is_dynamo_compiling()
+        and _forced.backend is None
+        and _triton.simulator.arch is None
+    )
 
 
 def _never(*_) -> None:
@@ -135,7 +140,11 @@ class Op:
         if _load.MISSING[backend] is not None:
             return _load.MISSING[backend]
         device, first = _DEVICES[backend], args[0]
-        if not (first.is_cpu if device == "cpu" else first.is_cuda):  # device.type costs 5 times as much
+        if backend == "triton":
+            reason = _triton.device_refusal(first, self.arguments[0])
+            if reason is not None:
+                return f"{self.name}.triton {reason}"
+        elif not (first.is_cpu if device == "cpu" else first.is_cuda):  # device.type costs 5 times as much
             return f"{self.name}.{backend} takes {device} tensors, {self.arguments[0]} is on {first.device}"
         if first.dtype not in _DTYPES:
             kinds = "float32, float16 and bfloat16"
@@ -229,8 +238,13 @@ def _outside_autocast(function: Callable, args: Sequence):
 
 
 def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
-    """The raw op fastlm::<name>.<backend>: its schema and its fake; the kernel is registered in C++."""
+    """The raw op fastlm::<name>.<backend>: its schema and its fake; native kernels are registered in C++."""
     schema, fake = schema_and_fake
     _LIBRARY.define(f"{name}.{backend}{schema}")
+    if backend == "triton":
+        op, backward = name.removesuffix("_backward"), name.endswith("_backward")
+        body = _triton.body(op, "backward" if backward else "forward")
+        for key in ("CUDA", "CPU"):  # on CPU tensors the simulator runs them
+            _LIBRARY.impl(f"{name}.triton", body, key)
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.fastlm, name), backend)

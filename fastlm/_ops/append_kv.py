@@ -108,7 +108,7 @@ OP = Op(
         " Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
         _fake_forward,
     ),
-    backends={"cpu": _cpu_limits},
+    backends={"triton": None, "cpu": _cpu_limits},
 )
 
 

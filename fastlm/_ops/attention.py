@@ -139,7 +139,7 @@ OP = Op(
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"cpu": _cpu_limits},
+    backends={"triton": None, "cpu": _cpu_limits},
 )
 
 

@@ -124,7 +124,7 @@ OP = Op(
         " bool[3] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
         _fake_backward,
     ),
-    backends={"cpu": _cpu_limits},
+    backends={"triton": None, "cpu": _cpu_limits},
 )
 
 

@@ -72,7 +72,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"cpu": None},
+    backends={"triton": None, "cpu": None},
 )
 
 

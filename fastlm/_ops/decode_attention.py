@@ -107,7 +107,7 @@ OP = Op(
         " -> (Tensor out, Tensor lse)",
         _fake_forward,
     ),
-    backends={"cpu": _cpu_limits},
+    backends={"triton": None, "cpu": _cpu_limits},
 )
 
 

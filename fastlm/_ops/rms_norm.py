@@ -61,7 +61,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dweight, Tensor dresidual)",
         _fake_backward,
     ),
-    backends={"cpu": None},
+    backends={"triton": None, "cpu": None},
     shared_gradients={"residual": "dx"},  # without dropout
 )
 

@@ -1,0 +1,1 @@
+"""fastlm's Triton kernels: one module per op. They import torch and triton only; fastlm registers them."""

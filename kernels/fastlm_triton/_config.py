@@ -1,0 +1,45 @@
+"""How a kernel is cut: one small pure function per kernel says so, and `fastlm tune` may overrule it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Config(NamedTuple):
+    """block: the tile's sizes, in the order that the kernel's config function names. warps, stages: Triton's."""
+
+    block: tuple[int, ...]
+    warps: int = 4
+    stages: int = 2
+
+
+TUNED: dict[tuple, Config] = {}  # (config function's name, arch, *sizes) -> what was fastest on this GPU
+
+
+def config_for(function: Callable[..., Config], device: torch.device, *sizes) -> Config:
+    """function(arch, *sizes), or what `fastlm tune` found better for them.
+
+    function: pure; (arch, *sizes) -> Config, arch being 80, 90, 100 or 120. sizes: hashable.
+    """
+    arch = arch_of(device)
+    return TUNED.get((function.__name__, arch, *sizes)) or function(arch, *sizes)
+
+
+def arch_of(device: torch.device) -> int:
+    """The compute capability that Triton compiles for, times ten: 80 for an A100, 90 for an H100."""
+    return _capability(device.index) if device.type == "cuda" else _simulated_target()
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def _simulated_target() -> int:
+    if triton.knobs.runtime.interpret:
+        return 80
+    return triton.runtime.driver.active.get_current_target().arch
