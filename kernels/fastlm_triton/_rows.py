@@ -1,0 +1,96 @@
+"""What the kernels that work row by row share: tensors as rows, dropout's factors, sums over blocks of rows."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._config import Config
+from ._philox import dropout_words
+
+
+def as_rows(t: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """(t, elements from row to row), rows being its last axis; a copy where leading axes are not one stride."""
+    if t is None:
+        return None, 0
+    cols = t.shape[-1] if t.dim() else 1
+    if t.is_contiguous():
+        return t, cols
+    if cols == 1 or t.stride(-1) == 1:
+        axes = [(size, t.stride(d)) for d, size in enumerate(t.shape[:-1]) if size != 1]
+        if all(outer[1] == inner[0] * inner[1] for outer, inner in zip(axes, axes[1:], strict=False)):
+            return t, axes[-1][1] if axes else cols
+    return t.contiguous(), cols
+
+
+def parameter(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight or bias, contiguous."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def output_like(x: torch.Tensor, wanted: bool = True) -> torch.Tensor:
+    """A new contiguous tensor like x, or an empty one where it is not wanted."""
+    return torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+
+
+def given(t: torch.Tensor) -> torch.Tensor | None:
+    """t, or None if it is the empty tensor that stands for an output that is not wanted."""
+    return t if t.numel() else None
+
+
+def dropout_of(p: float, seed: torch.Tensor | None) -> tuple[torch.Tensor | None, int, float]:
+    """(seed or None, threshold, scale): a word at or above the threshold keeps its element, times scale."""
+    return (seed, int(p * 4294967296.0), 1.0 / (1.0 - p)) if p > 0 else (None, 0, 1.0)
+
+
+def row_blocks(rows: int, tile_rows: int) -> tuple[int, int]:
+    """(programs, rows of each) of a sum over rows: cut by shape alone, so one shape has one order of additions.
+
+    256 programs are two for each multiprocessor of an A100 or H100 and one and a half for a B200's; 512 from
+    64 rows for each, so that writing and reading partial sums stays below 5% of the bytes. 8 rows at least.
+    """
+    programs = min(max(256, rows // 64), 512)
+    each = max(triton.cdiv(rows, programs), 8)
+    each = triton.cdiv(each, tile_rows) * tile_rows
+    return triton.cdiv(rows, each), each
+
+
+def partials_config(arch: int) -> Config:
+    """(partial sums at a time, columns): 64 columns are 256 contiguous bytes, and cut 4096 for 64 programs."""
+    return Config((16, 64), warps=4)
+
+
+@triton.jit
+def keep_scales(seed, first_col, row, threshold, scale, COLS: tl.constexpr):
+    """Dropout's factor, 0 or scale, of columns first_col ... first_col + COLS - 1 of rows `row`: [R, COLS].
+
+    seed: int64 pointer. row: int64 [R]. COLS: at least 4, as first_col a multiple of it.
+    """
+    block = (first_col // 4 + tl.arange(0, COLS // 4))[None, :] + (row * 0)[:, None].to(tl.int32)
+    low = row.to(tl.uint32)[:, None] + (block * 0).to(tl.uint32)
+    high = (row >> 32).to(tl.uint32)[:, None] + (block * 0).to(tl.uint32)
+    words = dropout_words(tl.load(seed), block.to(tl.uint32), low, high)
+    return tl.where(words >= threshold, scale, 0.0)
+
+
+@triton.jit
+def add_partials(partials, first_out, second_out, blocks, cols, BLOCKS: tl.constexpr, COLS: tl.constexpr):
+    """Sums of partials [blocks, n, cols] over blocks, in their order; program (i, k) writes out k < n."""
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    which, count = tl.program_id(1), tl.num_programs(1)
+    sums = tl.zeros([BLOCKS, COLS], tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        at = (block.to(tl.int64) * count + which)[:, None] * cols + col[None, :]
+        sums += tl.load(partials + at, (block < blocks)[:, None] & (col < cols)[None, :], 0.0)
+    total = tl.sum(sums, 0)
+    if which == 0:
+        tl.store(first_out + col, total.to(first_out.dtype.element_ty), col < cols)
+    else:
+        tl.store(second_out + col, total.to(second_out.dtype.element_ty), col < cols)
+
+
+def add_up(partials: torch.Tensor, outs: list[torch.Tensor], config: Config) -> None:
+    """Writes the sums of partials [blocks, len(outs), cols] over blocks to `outs`, [cols] in their own dtypes."""
+    blocks, count, cols = partials.shape
+    grid = (triton.cdiv(cols, config.block[1]), count)
+    add_partials[grid](partials, outs[0], outs[-1], blocks, cols, *config.block, num_warps=config.warps)
