@@ -1,13 +1,18 @@
 """Every op on every backend in every case: values and gradients by the 2x rule, and the kernel really ran."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import fastlm
 from fastlm import ops
 from fastlm._op import OPS
+from fastlm.testing import ptxsim
 from fastlm.testing.cases import SEEDS, Draw, cases_of
 from fastlm.testing.compare import KernelCalls, verdicts
+
+ARCHS = ("sm_80", "sm_90a", "sm_120")  # that Triton's PTX is simulated for
 
 
 def _points():
@@ -16,11 +21,19 @@ def _points():
             for dtype in case.dtypes:
                 for backend in op.backends:
                     short = str(dtype).removeprefix("torch.")
-                    yield pytest.param(name, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{short}")
+                    for arch in ARCHS if backend == "triton" else (None,):
+                        at = f"{backend}-{arch}" if arch else backend
+                        id = f"{name}-{at}-{case.name}-{short}"
+                        yield pytest.param(name, backend, arch, case, dtype, id=id)
 
 
-@pytest.mark.parametrize(("name", "backend", "case", "dtype"), list(_points()))
-def test_kernel_is_as_right_as_the_reference(name, backend, case, dtype):
+@pytest.mark.parametrize(("name", "backend", "arch", "case", "dtype"), list(_points()))
+def test_kernel_is_as_right_as_the_reference(name, backend, arch, case, dtype):
+    with ptxsim.device(arch) if arch else nullcontext():
+        _check(name, backend, case, dtype)
+
+
+def _check(name, backend, case, dtype):
     public, differentiable = getattr(ops, name), cases_of(name)[1]
     draws = [case.inputs(Draw(seed, dtype)) for seed in SEEDS]
     refusal = fastlm.explain(name, **draws[0]).reasons[backend]

@@ -1,0 +1,14 @@
+"""ptxsim: executes on CPU tensors the PTX that Triton (or nvcc) made, and finds what a GPU would not forgive.
+
+    with fastlm.testing.ptxsim.device("sm_80"):
+        fastlm.ops.layer_norm(x, backend="triton")
+
+parse.py reads the text, compile.py turns basic blocks into Python (forms.py and arithmetic.py: every form it
+knows, tensor_cores.py: the matrix ones), machine.py runs all threads in lock step, memory.py checks every access,
+driver.py is Triton's driver. docs/evidence.md says what this can show and what it cannot.
+"""
+
+from .driver import ARCHS, device
+from .errors import SimulationError, UnknownInstruction
+
+__all__ = ["ARCHS", "SimulationError", "UnknownInstruction", "device"]

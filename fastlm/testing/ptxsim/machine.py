@@ -1,0 +1,418 @@
+"""Runs a compiled kernel: all threads of many blocks in lock step, those at the lowest block of code first.
+
+That order brings threads together again where their paths join. What a GPU only promises for threads that
+arrive together (barriers, shuffles, votes) is checked to be so.
+"""
+
+import numpy as np
+
+from .compile import Compiled
+from .memory import Allocations, Shared, aligned, fail
+
+_LANES = 1 << 14  # of one batch of blocks: 64 KB a register, so that the busy ones stay in the L2 cache
+_LIMIT = 1 << 22  # basic blocks a launch may run: something waits for ever beyond
+
+
+class Registers:
+    """Every register's value for all threads, read and written for those that run now."""
+
+    def __init__(self, count: int):
+        self.count, self.lanes, self.values = count, None, {}
+
+    def get(self, name: str, kind: str) -> np.ndarray:
+        """Of the running threads; an array of one number where all have the same."""
+        value = self.values.get(name)
+        if value is None:
+            value = self.values[name] = np.zeros(1, bool if kind == "p" else kind)
+        return value if self.lanes is None or value.size == 1 else value[self.lanes]
+
+    def put(self, name: str, value: np.ndarray) -> None:
+        """Sets the running threads' values."""
+        if self.lanes is not None:
+            full = np.zeros(self.count, value.dtype)
+            if name in self.values:
+                full[:] = self.values[name]
+            full[self.lanes] = value
+            value = full
+        self.values[name] = value
+
+
+class Machine:
+    """One batch of blocks of a launch; the compiled code calls it for all that is not arithmetic."""
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        grid,
+        threads,
+        shared,
+        arguments: bytes,
+        first: int,
+        blocks: int,
+        memory: Allocations,
+        profile,
+    ):
+        self.compiled, self.grid, self.threads = compiled, grid, threads
+        self.per_block = threads[0] * threads[1] * threads[2]
+        self.arguments, self.memory, self.profile = arguments, memory, profile
+        self.first, self.count = first, blocks * self.per_block
+        self.shared = Shared(blocks, shared, compiled.cell)
+        self.epoch = np.zeros(blocks, np.int64)  # barriers that each block has passed
+        self.alive = np.full(blocks, self.per_block)
+        self.warp_epoch = np.zeros(self.count // 32, np.int64)
+        self.committed = np.zeros(self.count, np.int64)  # groups of asynchronous copies, of each thread
+        self.copies: list[tuple] = []
+        self.registers = Registers(self.count)
+        self._all = np.arange(self.count)
+
+    def run(self) -> None:
+        """To the end of every thread."""
+        waiting = {0: self._all}
+        last = len(self.compiled.functions)
+        for _ in range(_LIMIT):
+            if not waiting:
+                return
+            at = min(waiting)
+            lanes = waiting.pop(at)
+            if at >= last:
+                self._leave(lanes)
+                continue
+            self._enter(lanes)
+            target, other, predicate = self.compiled.functions[at](self.registers, self)
+            for to, which in self._split(lanes, target, other, predicate):
+                if to < 0:
+                    self._leave(which)
+                else:
+                    waiting[to] = np.union1d(waiting[to], which) if to in waiting else which
+        fail("launch", f"{self.compiled.program.name} does not end")
+
+    def _split(self, lanes, target, other, predicate):
+        if predicate is None:
+            return [(target, lanes)]
+        taken = np.broadcast_to(predicate, lanes.shape)
+        if taken.all():
+            return [(target, lanes)]
+        if not taken.any():
+            return [(other, lanes)]
+        return [(target, lanes[taken]), (other, lanes[~taken])]
+
+    def _leave(self, lanes) -> None:
+        np.subtract.at(self.alive, lanes // self.per_block, 1)
+
+    def _enter(self, lanes) -> None:
+        self.lanes = lanes
+        whole = lanes.size == self.count
+        self.registers.lanes = None if whole else lanes
+        self.block = lanes // self.per_block
+        self.thread = lanes - self.block * self.per_block
+        self.whole_warps = lanes.size % 32 == 0 and bool(
+            (lanes[::32] % 32 == 0).all() and (lanes[31::32] - lanes[::32] == 31).all()
+        )
+        self._tag()
+
+    def _tag(self) -> None:
+        self.tags = (
+            self.epoch[self.block] << 24 | (self.warp_epoch[self.lanes >> 5] & 0xFF) << 16 | self.thread
+        )
+
+    def special(self, name: str) -> np.ndarray:
+        """%tid.x and the like."""
+        root, _, axis = name.partition(".")
+        axis = "xyz".index(axis) if axis else 0
+        if root == "tid":
+            x, y, _ = self.threads
+            return (self.thread // (1, x, x * y)[axis] % self.threads[axis]).astype(np.uint32)
+        if root == "ctaid":
+            x, y, _ = self.grid
+            return ((self.first + self.block) // (1, x, x * y)[axis] % self.grid[axis]).astype(np.uint32)
+        if root in ("ntid", "nctaid"):
+            return np.array([(self.threads if root == "ntid" else self.grid)[axis]], np.uint32)
+        if root in ("laneid", "warpid"):
+            return (self.thread % 32 if root == "laneid" else self.thread // 32).astype(np.uint32)
+        raise NotImplementedError(f"ptxsim: special register %{name}")
+
+    def parameter(self, offset: int, kind) -> np.ndarray:
+        """From the packed arguments."""
+        return np.frombuffer(self.arguments, kind, 1, offset)
+
+    def _fail(self, kind: str, site: int, lane: int, what: str) -> None:
+        instruction = self.compiled.sites[site]
+        block, thread = self.first + int(self.block[lane]), int(self.thread[lane])
+        where = f"{self.compiled.program.name}, block {block}, thread {thread}, line {instruction.line}"
+        fail(kind, f"{what}; {where}: {instruction.text}")
+
+    # Memory
+
+    def _active(self, address, guard):
+        address = np.broadcast_to(address, self.lanes.shape)
+        if guard is None:
+            return None, address
+        which = np.flatnonzero(np.broadcast_to(guard, self.lanes.shape))
+        return which, address[which]
+
+    def load(self, site: int, space: str, address, unit: int, count: int, guard, old: tuple) -> tuple:
+        """Values of `unit` bytes, count at each address; threads that the guard stops keep theirs."""
+        which, address = self._active(address, guard)
+        if address.size == 0:
+            return old
+        values = self._fetch(site, space, address, unit, count, which)
+        if which is None:
+            return tuple(values[:, n] for n in range(count))
+        merged = []
+        for n, kept in enumerate(old):
+            if kept is not None:
+                full = np.empty(self.lanes.shape, kept.dtype)
+                full[:] = kept
+                full[which] = values[:, n]
+                kept = full
+            merged.append(kept)
+        return tuple(merged)
+
+    def _fetch(self, site, space, address, unit, count, which) -> np.ndarray:
+        if space == "global":
+            return self._fetch_global(site, address, unit, count, which)
+        flat = self._shared_offsets(site, address, unit * count, which)
+        tags = self.tags if which is None else self.tags[which]
+        self._check(site, self.shared.read(self.shared.cells(flat, unit * count), tags), which)
+        return self.shared.view(unit)[(flat // unit)[:, None] + np.arange(count)]
+
+    def _check(self, site, wrong, which) -> None:
+        if wrong is None:
+            return
+        kind, lanes = wrong
+        lane = lanes[0] if which is None else which[lanes[0]]
+        what = {
+            "poison": "reads shared memory that nobody wrote",
+            "race": "meets another thread's access with no barrier between them",
+            "async": "uses shared memory that an asynchronous copy is still writing",
+        }
+        self._fail(kind, site, lane, what[kind])
+
+    def _aligned(self, site, address, size, which) -> None:
+        if (wrong := aligned(address, size)) is not None:
+            lane = wrong[0] if which is None else which[wrong[0]]
+            self._fail(
+                "alignment", site, lane, f"address {int(address[wrong[0]]):#x} is not a multiple of {size}"
+            )
+
+    def _shared_offsets(self, site, address, size, which) -> np.ndarray:
+        self._aligned(site, address, size, which)
+        if address.min() < 0 or address.max() + size > self.shared.size:
+            wrong = np.flatnonzero((address < 0) | (address + size > self.shared.size))[0]
+            lane = wrong if which is None else which[wrong]
+            what = f"shared address {int(address[wrong])} + {size} of {self.shared.size} bytes"
+            self._fail("bounds", site, lane, what)
+        if self.profile is not None:
+            lanes = self.lanes if which is None else self.lanes[which]
+            self.profile.shared(self.compiled.sites[site], lanes, address, size)
+        return (self.block if which is None else self.block[which]) * self.shared.pitch + address
+
+    def _pieces(self, site, address, size, which):
+        self._aligned(site, address, size, which)
+        for part, at, offset in self.memory.pieces(address, size):
+            if at is None:
+                lane = part[0] if which is None else which[part[0]]
+                what = f"address {int(address[part[0]]):#x} + {size} is in no tensor of this launch"
+                self._fail("bounds", site, lane, what)
+            if self.profile is not None:
+                lanes = self.lanes if which is None else self.lanes[which]
+                lanes = lanes if part is None else lanes[part]
+                self.profile.memory(self.compiled.sites[site], self.memory.names[at], lanes, offset, size)
+            yield part, at, offset
+
+    def _fetch_global(self, site, address, unit, count, which) -> np.ndarray:
+        values = None
+        for part, at, offset in self._pieces(site, address, unit * count, which):
+            view = self.memory.view(at, unit)
+            found = view[(offset // unit)[:, None] + np.arange(count)]
+            if part is None:
+                return found
+            if values is None:
+                values = np.empty((address.size, count), view.dtype)
+            values[part] = found
+        return values
+
+    def store(self, site: int, space: str, address, unit: int, values: tuple, guard) -> None:
+        """Writes values[n] of `unit` bytes behind one another at each address."""
+        which, address = self._active(address, guard)
+        if address.size == 0:
+            return
+        count = len(values)
+        shape = self.lanes.shape
+        data = np.stack(
+            [
+                np.broadcast_to(v, shape) if which is None else np.broadcast_to(v, shape)[which]
+                for v in values
+            ],
+            1,
+        )
+        if space == "shared":
+            flat = self._shared_offsets(site, address, unit * count, which)
+            tags = self.tags if which is None else self.tags[which]
+            self._check(site, self.shared.write(self.shared.cells(flat, unit * count), tags, False), which)
+            view, index = self.shared.view(unit), (flat // unit)[:, None] + np.arange(count)
+            view[index] = data
+            self._one_value(site, view[index], data, which)
+            return
+        for part, at, offset in self._pieces(site, address, unit * count, which):
+            view, index = self.memory.view(at, unit), (offset // unit)[:, None] + np.arange(count)
+            mine = data if part is None else data[part]
+            view[index] = mine
+            self._one_value(site, view[index], mine, which if part is None else part)
+
+    def _one_value(self, site, there, mine, which) -> None:
+        """Threads that write to one place in one instruction must write one value."""
+        if not np.array_equal(there, mine):
+            lane = np.flatnonzero((there != mine).any(1))[0]
+            what = (
+                "another thread writes something else there: where a product and a sum over lanes were fused,"
+            )
+            what += " lanes differ in their last bit (enable_fp_fusion=False)"
+            self._fail("race", site, lane if which is None else which[lane], what)
+
+    # Asynchronous copies
+
+    def copy(self, site: int, to, source, size: int, given, guard) -> None:
+        """cp.async: `given` bytes of `size` are read (None: all), the rest are zeros; they land at a wait."""
+        which, to = self._active(to, guard)
+        if to.size == 0:
+            return
+        source = np.broadcast_to(source, self.lanes.shape)
+        source = source if which is None else source[which]
+        data = np.zeros((to.size, size), np.uint8)
+        given = np.broadcast_to(size if given is None else given, self.lanes.shape)
+        given = given if which is None else given[which]
+        if given.max() > size:
+            self._fail("bounds", site, int(np.argmax(given)), f"copies more than {size} bytes")
+        for amount in np.unique(given):
+            if amount:
+                some = np.flatnonzero(given == amount)
+                lanes = some if which is None else which[some]
+                self._aligned(site, source[some], size, lanes)
+                unit = int(amount) & -int(amount)
+                got = (
+                    self._fetch_global(site, source[some], min(unit, 8), int(amount) // min(unit, 8), lanes)
+                    if amount == size
+                    else self._bytes(site, source[some], int(amount), lanes)
+                )
+                data[some, : int(amount)] = np.ascontiguousarray(got).view(np.uint8).reshape(some.size, -1)
+        flat = self._shared_offsets(site, to, size, which)
+        cells = self.shared.cells(flat, size)
+        lanes, tags = (self.lanes, self.tags) if which is None else (self.lanes[which], self.tags[which])
+        self._check(site, self.shared.write(cells, tags, True), which)
+        self.copies.append((lanes, self.committed[lanes] + 1, flat, cells, data))
+
+    def _bytes(self, site, address, amount, lanes) -> np.ndarray:
+        columns = [self._fetch_global(site, address + n, 1, 1, lanes) for n in range(amount)]
+        return np.concatenate(columns, 1)
+
+    def commit(self) -> None:
+        """cp.async.commit_group."""
+        self.committed[self.lanes] += 1
+
+    def wait(self, left: int | None) -> None:
+        """cp.async.wait_group: all but the last `left` groups have landed; None: all copies."""
+        here = np.zeros(self.count, bool)
+        here[self.lanes] = True
+        tags = np.zeros(self.count, np.int64)
+        tags[self.lanes] = self.tags
+        remaining = []
+        for lanes, group, flat, cells, data in self.copies:
+            done = here[lanes] & (True if left is None else group <= self.committed[lanes] - left)
+            if done.any():
+                size = data.shape[1]
+                view = self.shared.view(min(size, 8))
+                index = (flat[done] // min(size, 8))[:, None] + np.arange(size // min(size, 8))
+                view[index] = data[done].view(view.dtype)
+                self.shared.arrive(cells[done], tags[lanes[done]])
+            if not done.all():
+                keep = ~done
+                remaining.append((lanes[keep], group[keep], flat[keep], cells[keep], data[keep]))
+        self.copies = remaining
+
+    # Threads together
+
+    def barrier(self, site: int) -> None:
+        """bar.sync: of all threads of each block that have not ended."""
+        here = np.bincount(self.block, minlength=self.epoch.size)
+        wrong = (here > 0) & (here != self.alive)
+        if wrong.any():
+            lane = int(np.flatnonzero(wrong[self.block])[0])
+            count = f"{here[self.block[lane]]} of {self.alive[self.block[lane]]} threads"
+            self._fail("divergence", site, lane, f"a barrier is reached by {count}")
+        self.epoch[here > 0] += 1
+        self._tag()
+
+    def warp_barrier(self, site: int) -> None:
+        """bar.warp.sync of a whole warp."""
+        self._together(site)
+        self.warp_epoch[np.unique(self.lanes >> 5)] += 1
+        self._tag()
+
+    def _together(self, site: int) -> None:
+        if not self.whole_warps:
+            self._fail("divergence", site, 0, "threads of this warp are elsewhere")
+
+    def shuffle(self, site: int, mode: str, value, lane, clamp, members) -> tuple:
+        """shfl.sync among whole warps: (value of the source lane, whether it is inside)."""
+        self._together(site)
+        if not (members == 0xFFFFFFFF).all():
+            raise NotImplementedError("ptxsim: shfl.sync of some lanes only")
+        shape = (-1, 32)
+        value = np.broadcast_to(value, self.lanes.shape).reshape(shape)
+        b = np.broadcast_to(lane, self.lanes.shape).reshape(shape).astype(np.int64) & 31
+        c = int(clamp[0])
+        segment, bound = c >> 8 & 31, c & 31
+        own = np.arange(32)
+        lowest, most = own & segment, (own & segment) | (bound & ~segment)
+        if mode == "up":
+            source = own - b
+            inside = source >= most
+        elif mode == "down":
+            source = own + b
+            inside = source <= most
+        elif mode == "bfly":
+            source = own ^ b
+            inside = source <= most
+        else:
+            source = lowest | (b & ~segment)
+            inside = source <= most
+        source = np.where(inside, source, own)
+        result = np.take_along_axis(value, np.broadcast_to(source, value.shape), 1)
+        return result.reshape(-1), np.broadcast_to(inside, value.shape).reshape(-1)
+
+    def elect(self, site: int, members) -> np.ndarray:
+        """elect.sync: true in the first lane."""
+        self._together(site)
+        return self.thread % 32 == 0
+
+    def vote(self, site: int, kind: str, predicate) -> np.ndarray:
+        """vote.sync among whole warps."""
+        self._together(site)
+        flags = np.broadcast_to(predicate, self.lanes.shape).reshape(-1, 32)
+        if kind == "ballot":
+            found = (flags.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
+        else:
+            found = flags.any(1) if kind == "any" else flags.all(1)
+        return np.repeat(found, 32)
+
+    def trap(self, site: int) -> None:
+        """trap: an assertion of the kernel failed."""
+        self._fail("launch", site, 0, "the kernel trapped")
+
+
+def launch(
+    compiled: Compiled, grid, threads, shared: int, arguments: bytes, memory: Allocations, profile=None
+) -> None:
+    """Runs every block of the grid.
+
+    grid, threads: three sizes each. shared: bytes of a block. arguments: packed as the kernel's parameters.
+    Raises: SimulationError with the first finding.
+    """
+    blocks = grid[0] * grid[1] * grid[2]
+    per_block = threads[0] * threads[1] * threads[2]
+    batch = max(1, _LANES // per_block)
+    with np.errstate(all="ignore"):
+        for first in range(0, blocks, batch):
+            count = min(batch, blocks - first)
+            Machine(compiled, grid, threads, shared, arguments, first, count, memory, profile).run()

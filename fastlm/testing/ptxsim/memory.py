@@ -1,0 +1,147 @@
+"""Global and shared memory of a simulated launch, with everything that a GPU does not check.
+
+Global memory is the CPU tensors' own, at its real addresses: an access must lie inside one known allocation.
+Shared memory carries a tag per cell (the smallest piece that the kernel accesses) for its last writer and
+its last reader: thread, epoch (barriers of the block so far) and the warp's own epoch. From these come poison
+(never written), races (two threads, one epoch, one of them writing) and asynchronous copies used too early.
+"""
+
+from bisect import bisect_right
+
+import numpy as np
+
+from .errors import SimulationError
+
+_UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_EPOCH, _WARP_EPOCH = 24, 16  # a tag: epoch << 24 | warp's epoch << 16 | many flags | thread
+_THREAD, _SAME_WARP, _MANY = 0x7FF, 1 << 11, 1 << 12  # _MANY: readers of several warps
+_IN_FLIGHT = 1 << 60
+_NEVER = -1
+
+
+class Allocations:
+    """The memory that a launch may touch: [start, end) of each tensor's storage."""
+
+    def __init__(self):
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._bytes: list[np.ndarray] = []
+        self.names: list[str] = []
+
+    def add(self, name: str, start: int, data: np.ndarray) -> None:
+        """data: uint8, the memory itself, whose address is `start`."""
+        at = bisect_right(self._starts, start)
+        if at and self._starts[at - 1] == start and self._ends[at - 1] >= start + data.size:
+            return
+        self._starts.insert(at, start)
+        self._ends.insert(at, start + data.size)
+        self._bytes.insert(at, data)
+        self.names.insert(at, name)
+
+    def pieces(self, address: np.ndarray, size: int):
+        """Yields (which of the addresses or None for all, allocation, offsets); (lanes, None, None) outside."""
+        at = bisect_right(self._starts, int(address.min())) - 1
+        if at >= 0 and int(address.max()) + size <= self._ends[at]:
+            yield None, at, address - self._starts[at]
+            return
+        found = np.searchsorted(np.asarray(self._starts, np.int64), address, side="right") - 1
+        ends = np.asarray(self._ends, np.int64)[found]
+        outside = (found < 0) | (address + size > ends)
+        if outside.any():
+            yield np.flatnonzero(outside), None, None
+            return
+        for at in np.unique(found):
+            which = np.flatnonzero(found == at)
+            yield which, int(at), address[which] - self._starts[at]
+
+    def view(self, at: int, unit: int) -> np.ndarray:
+        """An allocation as numbers of `unit` bytes, as many as there are whole."""
+        data = self._bytes[at]
+        return data[: data.size // unit * unit].view(_UNITS[unit])
+
+
+class Shared:
+    """Shared memory of `blocks` blocks, `size` bytes each, in cells of `cell` bytes."""
+
+    def __init__(self, blocks: int, size: int, cell: int):
+        self.size, self.cell = size, cell
+        self.pitch = -(-max(size, 1) // 1024) * 1024
+        self.data = np.zeros(blocks * self.pitch, np.uint8)
+        self._writer = np.full(self.data.size // cell, _NEVER, np.int64)
+        self._reader = np.full(self.data.size // cell, _NEVER, np.int64)
+
+    def cells(self, flat: np.ndarray, size: int) -> np.ndarray:
+        """Numbers of the cells of accesses of `size` bytes at flat offsets: [lanes, size / cell]."""
+        first = flat // self.cell
+        count = size // self.cell
+        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+    def read(self, cells: np.ndarray, tags: np.ndarray) -> tuple[str, np.ndarray] | None:
+        """Notes a read; returns (kind, lanes) of what is wrong with it, or None."""
+        tags = tags[:, None]
+        writer = self._writer[cells]
+        if writer.min() < 0:
+            return "poison", np.flatnonzero((writer < 0).any(1))
+        if writer.max() >= _IN_FLIGHT:
+            return "async", np.flatnonzero((writer >= _IN_FLIGHT).any(1))
+        if (wrong := _conflicts(writer, tags)) is not None:
+            return "race", wrong
+        self._note_reader(cells, tags)
+        return None
+
+    def _note_reader(self, cells, tags) -> None:
+        before = self._reader[cells]
+        self._reader[cells] = tags
+        after = self._reader[cells]
+        other = np.where(after != tags, after, before)  # another reader of this cell, now or before
+        shared = (other >> _EPOCH == tags >> _EPOCH) & ((other ^ tags) & (_THREAD | _SAME_WARP | _MANY) != 0)
+        if shared.any():
+            cells, mine, other = cells[shared], np.broadcast_to(tags, cells.shape)[shared], other[shared]
+            one_warp = ((mine ^ other) & _THREAD < 32) & (other & _MANY == 0)
+            one_warp &= (mine & _THREAD) >> 5 == (other & _THREAD) >> 5
+            self._reader[cells] = mine | _SAME_WARP
+            self._reader[cells[~one_warp]] |= _MANY
+
+    def write(self, cells: np.ndarray, tags: np.ndarray, in_flight: bool) -> tuple[str, np.ndarray] | None:
+        """Notes a write, to be done now or by an asynchronous copy; returns what is wrong with it."""
+        tags = tags[:, None]
+        writer, reader = self._writer[cells], self._reader[cells]
+        if writer.max() >= _IN_FLIGHT:
+            return "async", np.flatnonzero((writer >= _IN_FLIGHT).any(1))
+        for before in (writer, reader):
+            if (wrong := _conflicts(before, tags)) is not None:
+                return "race", wrong
+        self._writer[cells] = tags | _IN_FLIGHT if in_flight else tags
+        return None
+
+    def arrive(self, cells: np.ndarray, tags: np.ndarray) -> None:
+        """An asynchronous copy has come in, as a write of the thread that waited for it."""
+        self._writer[cells] = tags[:, None]
+
+    def view(self, unit: int) -> np.ndarray:
+        """All blocks' memory as numbers of `unit` bytes."""
+        return self.data.view(_UNITS[unit])
+
+
+def _conflicts(before: np.ndarray, tags: np.ndarray) -> np.ndarray | None:
+    """Lanes whose access meets one of another thread with nothing between them, or None."""
+    same = before >> _EPOCH == tags >> _EPOCH
+    if not same.any():
+        return None
+    other = (before ^ tags) & _THREAD != 0
+    other |= before & (_SAME_WARP | _MANY) != 0
+    one_warp = ((before & _THREAD) >> 5 == (tags & _THREAD) >> 5) & (before & _MANY == 0)
+    ordered = one_warp & ((before ^ tags) >> _WARP_EPOCH & 0xFF != 0)  # a barrier of the warp lies between
+    wrong = same & other & ~ordered
+    return np.flatnonzero(wrong.any(1)) if wrong.any() else None
+
+
+def aligned(address: np.ndarray, size: int) -> np.ndarray | None:
+    """Lanes whose address is not a multiple of size, or None."""
+    wrong = address & (size - 1)
+    return np.flatnonzero(wrong) if wrong.any() else None
+
+
+def fail(kind: str, where: str) -> None:
+    """Raises the finding."""
+    raise SimulationError(kind, where)
