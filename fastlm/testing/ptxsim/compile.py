@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import arithmetic
+from . import arithmetic, matrix
 from .errors import UnknownInstruction
 from .forms import form_of
 from .parse import Block, Instruction, Operand, Program
@@ -23,7 +23,7 @@ _STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([b
 _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?$")
-_NOTHING = ("fence.proxy.async.shared::cta", "createpolicy.fractional.L2::evict_first.b64",
+_NOTHING = ("wgmma.fence.sync.aligned", "createpolicy.fractional.L2::evict_first.b64",
             "createpolicy.fractional.L2::evict_last.b64", "griddepcontrol.launch_dependents")  # fmt: skip
 
 
@@ -45,7 +45,14 @@ def compile_program(program: Program) -> Compiled:
         uses.update({r for i in block.instructions for r in _registers_of(i)})
     namespace = dict(vars(arithmetic))
     sites: list[Instruction] = []
-    writers = [_Block(program, n, uses, namespace, sites) for n in range(len(program.blocks))]
+    accumulators = {
+        o.value
+        for block in program.blocks
+        for i in block.instructions
+        if i.opcode.startswith("wgmma.mma_async")
+        for o in i.operands[0].value
+    }
+    writers = [_Block(program, n, uses, namespace, sites, accumulators) for n in range(len(program.blocks))]
     source = "\n".join(w.source() for w in writers)
     exec(compile(source, f"<ptx {program.name}>", "exec"), namespace)
     functions = [namespace[f"block{n}"] for n in range(len(writers))]
@@ -82,14 +89,18 @@ def _registers_of(instruction: Instruction):
 class _Block:
     """Writes one basic block's function."""
 
-    def __init__(self, program: Program, number: int, uses: Counter, namespace: dict, sites: list):
+    def __init__(
+        self, program: Program, number: int, uses: Counter, namespace: dict, sites: list, accumulators: set
+    ):
         self.program, self.number, self.uses = program, number, uses
         self.namespace, self.sites = namespace, sites
+        self.accumulators = accumulators
         self.lines: list[str] = []
         self.types: dict[str, str] = {}  # what each register's variable holds now
         self.written: set[str] = set()
         self.reads: list[str] = []
         self.end: str | None = None
+        self.accumulating = False  # such a read is no use of what a wgmma still writes
         block: Block = program.blocks[number]
         for instruction in block.instructions:
             self._instruction(instruction)
@@ -97,6 +108,7 @@ class _Block:
     def source(self) -> str:
         head = [f"def block{self.number}(R, M):"]
         head += [f"    {_variable(r)} = R.get({r!r}, {self._canonical(r)!r})" for r in self.reads]
+        self.accumulating = True
         kept = [r for r in sorted(self.written) if self.uses[r] > 1]
         tail = [f"    R.put({r!r}, {self._as(r, self._canonical(r))})" for r in kept]
         end = self.end or f"return {self.number + 1}, None, None"
@@ -114,6 +126,8 @@ class _Block:
 
     def _as(self, register: str, t: str) -> str:
         self._load(register)
+        if register in self.accumulators and not self.accumulating:
+            self.lines.append(f"M.matrix.settled({len(self.sites) - 1}, {register!r})")
         have, name = self.types[register], _variable(register)
         if have == t or t == "p":
             return name
@@ -322,7 +336,50 @@ class _Block:
         return False
 
     def _matrix(self, i: Instruction) -> bool:
-        return False
+        site = len(self.sites) - 1
+        if i.guard:
+            return False
+        if i.opcode in ("wgmma.commit_group.sync.aligned", "wgmma.wait_group.sync.aligned"):
+            waits = i.operands and int(i.operands[0].value)
+            self.lines.append(f"M.matrix.wait({waits})" if i.operands else "M.matrix.commit()")
+            return True
+        if i.opcode.startswith("fence.proxy.async"):
+            self.lines.append("M.fence_proxy()")
+            return True
+        if (found := matrix.form(i.opcode)) is None:
+            return False
+        method, options = found
+        given = "".join(f", {name}={value!r}" for name, value in options.items())
+        if method == "store":
+            address, values = self._address(i.operands[0]), self._vector(i.operands[1])
+            self.lines.append(f"M.matrix.store({site}, {address}, {values}{given})")
+            return True
+        if method == "load":
+            arguments = self._address(i.operands[1])
+        elif method == "mma":
+            arguments = ", ".join(self._vector(o) for o in i.operands[1:4])
+        else:
+            arguments = self._wgmma(i.operands)
+        self.lines.append(f"made = M.matrix.{method}({site}, {arguments}{given})")
+        for n, operand in enumerate(_parts(i.operands[0])):
+            self._write(operand, "u4", f"made[{n}]")
+        return True
+
+    def _vector(self, operand: Operand, t: str = "u4") -> str:
+        return "[" + ", ".join(self._read(o, t) for o in _parts(operand)) + "]"
+
+    def _wgmma(self, operands: list[Operand]) -> str:
+        d, a, b, scale, *rest = operands
+        names = [o.value for o in d.value]
+        self.accumulating = True
+        old, scale = self._vector(d), self._read(scale, "p")
+        self.accumulating = False
+        left = self._vector(a, "u4" if a.kind == "vector" else "u8")
+        signs, transposed = (
+            [int(o.value) for o in rest[:2]],
+            [o.value == "1" for o in rest[2:4]] or [False] * 2,
+        )
+        return f"{left}, {self._read(b, 'u8')}, {old}, {scale}, {names!r}, {signs or [1, 1]}, {transposed}"
 
 
 def immediate(text: str, t: str) -> np.ndarray:

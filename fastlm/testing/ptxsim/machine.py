@@ -7,7 +7,8 @@ arrive together (barriers, shuffles, votes) is checked to be so.
 import numpy as np
 
 from .compile import Compiled
-from .memory import Allocations, Shared, aligned, fail
+from .matrix import Matrix
+from .memory import Allocations, Shared, aligned, raise_finding
 
 _LANES = 1 << 14  # of one batch of blocks: 64 KB a register, so that the busy ones stay in the L2 cache
 _LIMIT = 1 << 22  # basic blocks a launch may run: something waits for ever beyond
@@ -63,6 +64,7 @@ class Machine:
         self.committed = np.zeros(self.count, np.int64)  # groups of asynchronous copies, of each thread
         self.copies: list[tuple] = []
         self.registers = Registers(self.count)
+        self.matrix = Matrix(self)
         self._all = np.arange(self.count)
 
     def run(self) -> None:
@@ -84,7 +86,7 @@ class Machine:
                     self._leave(which)
                 else:
                     waiting[to] = np.union1d(waiting[to], which) if to in waiting else which
-        fail("launch", f"{self.compiled.program.name} does not end")
+        raise_finding("launch", f"{self.compiled.program.name} does not end")
 
     def _split(self, lanes, target, other, predicate):
         if predicate is None:
@@ -135,11 +137,11 @@ class Machine:
         """From the packed arguments."""
         return np.frombuffer(self.arguments, kind, 1, offset)
 
-    def _fail(self, kind: str, site: int, lane: int, what: str) -> None:
+    def fail(self, kind: str, site: int, lane: int, what: str) -> None:
         instruction = self.compiled.sites[site]
         block, thread = self.first + int(self.block[lane]), int(self.thread[lane])
         where = f"{self.compiled.program.name}, block {block}, thread {thread}, line {instruction.line}"
-        fail(kind, f"{what}; {where}: {instruction.text}")
+        raise_finding(kind, f"{what}; {where}: {instruction.text}")
 
     # Memory
 
@@ -171,10 +173,35 @@ class Machine:
     def _fetch(self, site, space, address, unit, count, which) -> np.ndarray:
         if space == "global":
             return self._fetch_global(site, address, unit, count, which)
+        return self.read_shared(site, address, unit, count, which)
+
+    def read_shared(self, site, address, unit, count, which) -> np.ndarray:
+        """count numbers of `unit` bytes at each address, by the threads `which` (None: all that run)."""
         flat = self._shared_offsets(site, address, unit * count, which)
         tags = self.tags if which is None else self.tags[which]
         self._check(site, self.shared.read(self.shared.cells(flat, unit * count), tags), which)
         return self.shared.view(unit)[(flat // unit)[:, None] + np.arange(count)]
+
+    def write_shared(self, site, address, unit, data, which) -> None:
+        """data [threads, count], numbers of `unit` bytes."""
+        size = unit * data.shape[1]
+        flat = self._shared_offsets(site, address, size, which)
+        tags = self.tags if which is None else self.tags[which]
+        self._check(site, self.shared.write(self.shared.cells(flat, size), tags, False), which)
+        view, index = self.shared.view(unit), (flat // unit)[:, None] + np.arange(data.shape[1])
+        view[index] = data
+        self._one_value(site, view[index], data, which)
+
+    def read_by_proxy(self, site, address, size, which) -> tuple[np.ndarray, np.ndarray]:
+        """A wgmma's operand: (flat offsets, cells). It is read until the wgmma is waited for."""
+        flat = self._shared_offsets(site, address, size, which)
+        cells = self.shared.cells(flat, max(size, self.shared.cell))
+        self._check(site, self.shared.read_by_proxy(cells, self.tags[which]), which)
+        return flat, cells
+
+    def fence_proxy(self) -> None:
+        """fence.proxy.async: what these threads wrote may be read by wgmma."""
+        self.shared.fence(np.unique(self.block))
 
     def _check(self, site, wrong, which) -> None:
         if wrong is None:
@@ -184,14 +211,15 @@ class Machine:
         what = {
             "poison": "reads shared memory that nobody wrote",
             "race": "meets another thread's access with no barrier between them",
-            "async": "uses shared memory that an asynchronous copy is still writing",
+            "async": "meets shared memory that an asynchronous copy still writes or a wgmma still reads",
+            "proxy": "reads by wgmma what was written with no fence.proxy.async since",
         }
-        self._fail(kind, site, lane, what[kind])
+        self.fail(kind, site, lane, what[kind])
 
     def _aligned(self, site, address, size, which) -> None:
         if (wrong := aligned(address, size)) is not None:
             lane = wrong[0] if which is None else which[wrong[0]]
-            self._fail(
+            self.fail(
                 "alignment", site, lane, f"address {int(address[wrong[0]]):#x} is not a multiple of {size}"
             )
 
@@ -201,7 +229,7 @@ class Machine:
             wrong = np.flatnonzero((address < 0) | (address + size > self.shared.size))[0]
             lane = wrong if which is None else which[wrong]
             what = f"shared address {int(address[wrong])} + {size} of {self.shared.size} bytes"
-            self._fail("bounds", site, lane, what)
+            self.fail("bounds", site, lane, what)
         if self.profile is not None:
             lanes = self.lanes if which is None else self.lanes[which]
             self.profile.shared(self.compiled.sites[site], lanes, address, size)
@@ -213,7 +241,7 @@ class Machine:
             if at is None:
                 lane = part[0] if which is None else which[part[0]]
                 what = f"address {int(address[part[0]]):#x} + {size} is in no tensor of this launch"
-                self._fail("bounds", site, lane, what)
+                self.fail("bounds", site, lane, what)
             if self.profile is not None:
                 lanes = self.lanes if which is None else self.lanes[which]
                 lanes = lanes if part is None else lanes[part]
@@ -247,12 +275,7 @@ class Machine:
             1,
         )
         if space == "shared":
-            flat = self._shared_offsets(site, address, unit * count, which)
-            tags = self.tags if which is None else self.tags[which]
-            self._check(site, self.shared.write(self.shared.cells(flat, unit * count), tags, False), which)
-            view, index = self.shared.view(unit), (flat // unit)[:, None] + np.arange(count)
-            view[index] = data
-            self._one_value(site, view[index], data, which)
+            self.write_shared(site, address, unit, data, which)
             return
         for part, at, offset in self._pieces(site, address, unit * count, which):
             view, index = self.memory.view(at, unit), (offset // unit)[:, None] + np.arange(count)
@@ -268,7 +291,7 @@ class Machine:
                 "another thread writes something else there: where a product and a sum over lanes were fused,"
             )
             what += " lanes differ in their last bit (enable_fp_fusion=False)"
-            self._fail("race", site, lane if which is None else which[lane], what)
+            self.fail("race", site, lane if which is None else which[lane], what)
 
     # Asynchronous copies
 
@@ -283,7 +306,7 @@ class Machine:
         given = np.broadcast_to(size if given is None else given, self.lanes.shape)
         given = given if which is None else given[which]
         if given.max() > size:
-            self._fail("bounds", site, int(np.argmax(given)), f"copies more than {size} bytes")
+            self.fail("bounds", site, int(np.argmax(given)), f"copies more than {size} bytes")
         for amount in np.unique(given):
             if amount:
                 some = np.flatnonzero(given == amount)
@@ -339,23 +362,23 @@ class Machine:
         if wrong.any():
             lane = int(np.flatnonzero(wrong[self.block])[0])
             count = f"{here[self.block[lane]]} of {self.alive[self.block[lane]]} threads"
-            self._fail("divergence", site, lane, f"a barrier is reached by {count}")
+            self.fail("divergence", site, lane, f"a barrier is reached by {count}")
         self.epoch[here > 0] += 1
         self._tag()
 
     def warp_barrier(self, site: int) -> None:
         """bar.warp.sync of a whole warp."""
-        self._together(site)
+        self.together(site)
         self.warp_epoch[np.unique(self.lanes >> 5)] += 1
         self._tag()
 
-    def _together(self, site: int) -> None:
+    def together(self, site: int) -> None:
         if not self.whole_warps:
-            self._fail("divergence", site, 0, "threads of this warp are elsewhere")
+            self.fail("divergence", site, 0, "threads of this warp are elsewhere")
 
     def shuffle(self, site: int, mode: str, value, lane, clamp, members) -> tuple:
         """shfl.sync among whole warps: (value of the source lane, whether it is inside)."""
-        self._together(site)
+        self.together(site)
         if not (members == 0xFFFFFFFF).all():
             raise NotImplementedError("ptxsim: shfl.sync of some lanes only")
         shape = (-1, 32)
@@ -383,12 +406,12 @@ class Machine:
 
     def elect(self, site: int, members) -> np.ndarray:
         """elect.sync: true in the first lane."""
-        self._together(site)
+        self.together(site)
         return self.thread % 32 == 0
 
     def vote(self, site: int, kind: str, predicate) -> np.ndarray:
         """vote.sync among whole warps."""
-        self._together(site)
+        self.together(site)
         flags = np.broadcast_to(predicate, self.lanes.shape).reshape(-1, 32)
         if kind == "ballot":
             found = (flags.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
@@ -398,7 +421,7 @@ class Machine:
 
     def trap(self, site: int) -> None:
         """trap: an assertion of the kernel failed."""
-        self._fail("launch", site, 0, "the kernel trapped")
+        self.fail("launch", site, 0, "the kernel trapped")
 
 
 def launch(

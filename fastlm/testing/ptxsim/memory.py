@@ -69,6 +69,8 @@ class Shared:
         self.data = np.zeros(blocks * self.pitch, np.uint8)
         self._writer = np.full(self.data.size // cell, _NEVER, np.int64)
         self._reader = np.full(self.data.size // cell, _NEVER, np.int64)
+        self._by_proxy = np.zeros(self.data.size // cell, np.int16)  # wgmmas that read a cell now
+        self._unfenced = np.zeros(self.data.size // cell, bool)  # written with no fence.proxy.async since
 
     def cells(self, flat: np.ndarray, size: int) -> np.ndarray:
         """Numbers of the cells of accesses of `size` bytes at flat offsets: [lanes, size / cell]."""
@@ -89,6 +91,23 @@ class Shared:
         self._note_reader(cells, tags)
         return None
 
+    def read_by_proxy(self, cells: np.ndarray, tags: np.ndarray) -> tuple[str, np.ndarray] | None:
+        """Notes a read by wgmma, which lasts until released(); returns what is wrong with it."""
+        if self._unfenced[cells].any():
+            return "proxy", np.flatnonzero(self._unfenced[cells].any(1))
+        if (wrong := self.read(cells, tags)) is not None:
+            return wrong
+        self._by_proxy[np.unique(cells)] += 1
+        return None
+
+    def released(self, cells: np.ndarray) -> None:
+        """A wgmma that read these has been waited for."""
+        self._by_proxy[np.unique(cells)] -= 1
+
+    def fence(self, blocks: np.ndarray) -> None:
+        """fence.proxy.async of these blocks' threads."""
+        self._unfenced.reshape(-1, self.pitch // self.cell)[blocks] = False
+
     def _note_reader(self, cells, tags) -> None:
         before = self._reader[cells]
         self._reader[cells] = tags
@@ -108,6 +127,9 @@ class Shared:
         writer, reader = self._writer[cells], self._reader[cells]
         if writer.max() >= _IN_FLIGHT:
             return "async", np.flatnonzero((writer >= _IN_FLIGHT).any(1))
+        if (running := self._by_proxy[cells] > 0).any():
+            return "async", np.flatnonzero(running.any(1))
+        self._unfenced[cells] = True
         for before in (writer, reader):
             if (wrong := _conflicts(before, tags)) is not None:
                 return "race", wrong
@@ -142,6 +164,6 @@ def aligned(address: np.ndarray, size: int) -> np.ndarray | None:
     return np.flatnonzero(wrong) if wrong.any() else None
 
 
-def fail(kind: str, where: str) -> None:
+def raise_finding(kind: str, where: str) -> None:
     """Raises the finding."""
     raise SimulationError(kind, where)

@@ -1,0 +1,134 @@
+"""The matrix instructions of a running batch: registers and shared memory on one side, tensor_cores on the other.
+
+wgmma runs when it is issued, and counts as running until a wait: until then its accumulators may not be touched,
+and the shared memory that it reads may not be written to.
+"""
+
+import re
+
+import numpy as np
+
+from . import tensor_cores
+
+_MMA = re.compile(
+    r"mma\.sync\.aligned\.(m\d+n\d+k\d+)\.row\.col(\.satfinite)?\.(f32|f16|s32)\.(f16|bf16|tf32|s8|u8)"
+    r"\.(?:f16|bf16|tf32|s8|u8)\.\3$"
+)
+_LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$")
+_STMATRIX = re.compile(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$")
+_WGMMA = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(f32|f16|s32)\.(f16|bf16|tf32|s8|u8)\.(?:f16|bf16|tf32|s8|u8)$"
+)
+
+
+def form(opcode: str) -> tuple[str, dict] | None:
+    """(method of Matrix, its options) of an instruction that runs here, or None."""
+    if match := _MMA.match(opcode):
+        shape, satfinite, total, kind = match.groups()
+        return "mma", {"shape": shape, "kind": kind, "total": total, "satfinite": bool(satfinite)}
+    if match := _LDMATRIX.match(opcode):
+        return "load", {"count": int(match.group(1)), "trans": bool(match.group(2))}
+    if match := _STMATRIX.match(opcode):
+        return "store", {"count": int(match.group(1)), "trans": bool(match.group(2))}
+    if match := _WGMMA.match(opcode):
+        n, k, total, kind = match.groups()
+        return "wgmma", {"n": int(n), "k": int(k), "total": total, "kind": kind}
+    return None
+
+
+class Matrix:
+    """What the machine's compiled code calls for matrix instructions."""
+
+    def __init__(self, machine):
+        self._machine = machine
+        self.running: list[tuple] = []  # wgmma groups: (number of the group, registers, cells)
+        self._groups = 0
+
+    def _registers(self, values) -> np.ndarray:
+        lanes = self._machine.lanes.size
+        return np.stack([np.broadcast_to(v, (lanes,)) for v in values]).reshape(len(values), -1, 32)
+
+    def mma(self, site, a, b, c, shape, kind, total, satfinite) -> list[np.ndarray]:
+        """mma.sync: registers of a, b, c -> those of d."""
+        self._machine.together(site)
+        a, b, c = (self._registers(r) for r in (a, b, c))
+        numbers = {"f32": np.float32, "s32": np.int32, "f16": np.uint32}[total]
+        d = tensor_cores.mma(shape, kind, a, b, c.view(numbers), satfinite)
+        return list(np.ascontiguousarray(d).view(np.uint32).reshape(d.shape[0], -1))
+
+    def load(self, site, address, count, trans) -> list[np.ndarray]:
+        """ldmatrix: each matrix's rows are read by the lanes that hold their addresses."""
+        machine = self._machine
+        machine.together(site)
+        lanes = np.broadcast_to(address, machine.lanes.shape).reshape(-1, 32)
+        rows = tensor_cores.ldmatrix_rows(lanes, count)
+        which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        words = machine.read_shared(site, rows.reshape(-1), 8, 2, which)
+        values = np.ascontiguousarray(words).view(np.uint16).reshape(*rows.shape, 8)
+        registers = tensor_cores.ldmatrix_fragments(values, trans)
+        return list(registers.reshape(count, -1))
+
+    def store(self, site, address, values, count, trans) -> None:
+        """stmatrix: the same way back."""
+        machine = self._machine
+        machine.together(site)
+        rows = tensor_cores.stmatrix_rows(self._registers(values), trans)
+        lanes = np.broadcast_to(address, machine.lanes.shape).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        words = np.ascontiguousarray(rows).view(np.uint64).reshape(-1, 2)
+        machine.write_shared(site, lanes, 8, words, which)
+
+    def wgmma(self, site, a, b, d, scale_d, names, signs, transposed, n, k, total, kind) -> list[np.ndarray]:
+        """wgmma.mma_async: a is four registers or a descriptor, b a descriptor.
+
+        names: the accumulators'. signs: of a and b, 1 or -1. transposed: whether a and b lie with their outer
+        dimension contiguous.
+        """
+        machine = self._machine
+        machine.together(site)
+        if machine.lanes.size % 128 or (machine.lanes[::128] % 128).any():
+            machine.fail("divergence", site, 0, "warps of this warpgroup are elsewhere")
+        cells: list[np.ndarray] = []
+        if len(a) == 4:
+            words = np.stack([np.broadcast_to(r, machine.lanes.shape) for r in a]).reshape(4, -1, 128)
+            left = tensor_cores.wgmma_a_fragment(words, kind)
+        else:
+            left = self._operand(site, a[0], 64, k, kind, transposed[0], cells)
+        right = self._operand(site, b, n, k, kind, transposed[1], cells)
+        numbers = {"f32": np.float32, "s32": np.int32, "f16": np.uint32}[total]
+        old = np.stack([np.broadcast_to(r, machine.lanes.shape) for r in d]).reshape(len(d), -1, 128)
+        keep = np.broadcast_to(scale_d, machine.lanes.shape)[::128]
+        new = tensor_cores.wgmma(left * signs[0], right * signs[1], old.view(numbers), keep)
+        self.running.append([None, names, cells])
+        return list(np.ascontiguousarray(new).view(np.uint32).reshape(len(d), -1))
+
+    def _operand(self, site, descriptor, rows, k, kind, transposed, cells) -> np.ndarray:
+        machine = self._machine
+        bits = tensor_cores.KINDS[kind].bits
+        words = np.broadcast_to(descriptor, machine.lanes.shape)[::128]
+        address = tensor_cores.wgmma_operand(words, rows, k, bits.itemsize, transposed)
+        groups = np.repeat(np.arange(0, machine.lanes.size, 128), rows * k)
+        flat, touched = machine.read_by_proxy(site, address.reshape(-1), bits.itemsize, groups)
+        cells.append(touched)
+        values = machine.shared.view(bits.itemsize)[flat // bits.itemsize].view(bits)
+        return tensor_cores.widen(values.reshape(address.shape), kind)
+
+    def commit(self) -> None:
+        """wgmma.commit_group."""
+        self._groups += 1
+        for entry in self.running:
+            if entry[0] is None:
+                entry[0] = self._groups
+
+    def wait(self, left: int) -> None:
+        """wgmma.wait_group: all but the last `left` groups are done."""
+        done = [e for e in self.running if e[0] is not None and e[0] <= self._groups - left]
+        self.running = [e for e in self.running if e not in done]
+        for _, _, cells in done:
+            for touched in cells:
+                self._machine.shared.released(touched)
+
+    def settled(self, site, register) -> None:
+        """Refuses an accumulator that a wgmma is still writing."""
+        if any(register in names for _, names, _ in self.running):
+            self._machine.fail("async", site, 0, f"{register} is still written by a wgmma")
