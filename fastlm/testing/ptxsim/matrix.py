@@ -122,8 +122,9 @@ class Matrix:
 
     def wait(self, left: int) -> None:
         """wgmma.wait_group: all but the last `left` groups are done."""
-        done = [e for e in self.running if e[0] is not None and e[0] <= self._groups - left]
-        self.running = [e for e in self.running if e not in done]
+        last = self._groups - left
+        done = [e for e in self.running if e[0] is not None and e[0] <= last]
+        self.running = [e for e in self.running if e[0] is None or e[0] > last]
         for _, _, cells in done:
             for touched in cells:
                 self._machine.shared.released(touched)
