@@ -8,7 +8,7 @@ knows, tensor_cores.py: the matrix ones), machine.py runs all threads in lock st
 driver.py is Triton's driver. docs/evidence.md says what this can show and what it cannot.
 """
 
-from .driver import ARCHS, device
+from .driver import ARCHS, device, run
 from .errors import SimulationError, UnknownInstruction
 
-__all__ = ["ARCHS", "SimulationError", "UnknownInstruction", "device"]
+__all__ = ["ARCHS", "SimulationError", "UnknownInstruction", "device", "run"]

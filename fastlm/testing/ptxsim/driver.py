@@ -97,15 +97,35 @@ def _compiled(binary: bytes) -> Compiled:
     return compile_program(parse(binary.decode()))
 
 
+def run(text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0, name=None) -> None:
+    """Runs a kernel given as PTX.
+
+    grid, threads: three sizes each. arguments: CPU tensors, and numbers as bytes of their parameter's size.
+    shared: bytes of a block beside what the text declares. name: of the kernel, if there are several.
+    Raises: UnknownInstruction, SimulationError.
+    """
+    compiled, memory = compile_program(parse(text, name)), Allocations()
+    params = compiled.program.params.values()
+    packed = bytearray(sum(max(params, default=(0, 0))))
+    for (offset, size), argument in zip(params, arguments, strict=True):
+        if isinstance(argument, torch.Tensor):
+            add_tensor(memory, f"argument {offset}", argument)
+            argument = struct.pack("<Q", argument.data_ptr())
+        packed[offset : offset + size] = argument
+    launch(compiled, grid, threads, compiled.program.static_shared + shared, bytes(packed), memory)
+
+
 class Simulate:
-    """Runs launches on the simulator. profile: sees every access, or None."""
+    """Runs launches on the simulator. profile: sees every access; rewrite: changes each kernel's PTX before."""
 
     def __init__(self):
         self.profile = None
+        self.rewrite = None
 
     def __call__(self, function, grid, threads, given) -> None:
         """One launch."""
-        compiled, memory = _compiled(function.binary), Allocations()
+        text = function.binary if self.rewrite is None else self.rewrite(function.name, function.binary)
+        compiled, memory = _compiled(text), Allocations()
         for name, kind, argument in given:
             if kind.startswith("*"):
                 add_tensor(memory, name, argument)

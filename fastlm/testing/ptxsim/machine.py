@@ -245,7 +245,7 @@ class Machine:
             if self.profile is not None:
                 lanes = self.lanes if which is None else self.lanes[which]
                 lanes = lanes if part is None else lanes[part]
-                self.profile.memory(self.compiled.sites[site], self.memory.names[at], lanes, offset, size)
+                self.profile.memory(self.compiled.sites[site], lanes, self.memory.names[at], offset, size)
             yield part, at, offset
 
     def _fetch_global(self, site, address, unit, count, which) -> np.ndarray:
