@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 @contextmanager
 def simulated(arch: str) -> Iterator[None]:
-    """Inside it the Triton kernels take CPU tensors; something must run them: fastlm.testing.ptxsim.device."""
+    """Inside it the Triton kernels take CPU tensors: fastlm.testing.ptxsim.device runs them."""
     before, simulator.arch = simulator.arch, arch
     try:
         yield

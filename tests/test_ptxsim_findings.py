@@ -162,7 +162,8 @@ def test_threads_that_have_ended_are_not_waited_for():
 
 
 def test_a_shuffle_among_some_lanes_of_a_warp_is_found():
-    body = "setp.eq.u32 %p1, %r1, 5; @%p1 bra DONE; shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1; DONE: mov.u32 %r6, 0;"
+    shuffle = "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"
+    body = f"setp.eq.u32 %p1, %r1, 5; @%p1 bra DONE; {shuffle} DONE: mov.u32 %r6, 0;"
     assert found(body).kind == "divergence"
 
 
@@ -206,5 +207,5 @@ def test_an_unknown_form_is_refused_by_name(line):
 def test_the_whole_kernel_is_refused_before_any_of_it_runs():
     with pytest.raises(UnknownInstruction):
         execute(
-            "st.global.b32 [%rd5], %r1; setp.eq.u32 %p1, %r1, 99; @%p1 bra NO; ret; NO: frobnicate.b32 %r1, %r2;"
+            "st.global.b32 [%rd5], %r1; setp.eq.u32 %p1, %r1, 99; @%p1 bra NO; ret; NO: frob.b32 %r1, %r2;"
         )

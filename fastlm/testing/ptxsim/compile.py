@@ -1,8 +1,8 @@
 """Program -> Python: each basic block becomes one function over numpy arrays, a number per thread.
 
 A register is one array (or an array of one number, where all threads have the same). Its canonical type is
-unsigned of its width; inside a block it keeps the type that it was last written with, and is viewed as what the
-next instruction reads.
+unsigned of its width; inside a block it keeps the type that it was last written with, and is viewed as what
+the next instruction reads.
 """
 
 import re
@@ -246,8 +246,10 @@ class _Block:
             )
             unit, targets = int(bits) // 8, _parts(i.operands[0])
             old = ", ".join(self._old(o.value) if guard and o.value != "_" else "None" for o in targets)
-            call = f"M.load({site}, {space!r}, {self._address(i.operands[1])}, {unit}, {count}, {guard}, ({old},))"
-            self.lines.append(f"loaded = {call}")
+            address = self._address(i.operands[1])
+            self.lines.append(
+                f"loaded = M.load({site}, {space!r}, {address}, {unit}, {count}, {guard}, ({old},))"
+            )
             for n, operand in enumerate(targets):
                 if operand.value != "_":
                     t = f"{'i' if kind == 's' else 'u'}{unit}"
@@ -266,8 +268,8 @@ class _Block:
         elif _COPY.match(i.opcode):
             to, source, size = i.operands[:3]
             given = self._read(i.operands[3], "u4") if len(i.operands) > 3 else None
-            call = f"M.copy({site}, {self._address(to)}, {self._address(source)}, {int(size.value, 0)}, {given}, {guard})"
-            self.lines.append(call)
+            to, source, size = self._address(to), self._address(source), int(size.value, 0)
+            self.lines.append(f"M.copy({site}, {to}, {source}, {size}, {given}, {guard})")
         elif i.opcode in ("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all") and not guard:
             left = int(i.operands[0].value, 0) if i.operands else 0
             call = {"commit_group": "M.commit()", "wait_group": f"M.wait({left})", "wait_all": "M.wait(None)"}

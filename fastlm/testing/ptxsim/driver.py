@@ -1,7 +1,7 @@
 """Triton on the simulator: a driver whose device is this CPU.
 
-`kernel[grid](cpu_tensors)` goes through Triton's own JIT, specialisation and compiler down to PTX; ptxas is left
-out, and a launch runs the PTX on the tensors' memory.
+`kernel[grid](cpu_tensors)` goes through Triton's own JIT, specialisation and compiler down to PTX; ptxas is
+left out, and a launch runs the PTX on the tensors' memory.
 """
 
 import ctypes
@@ -116,7 +116,7 @@ def run(text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0
 
 
 class Simulate:
-    """Runs launches on the simulator. profile: sees every access; rewrite: changes each kernel's PTX before."""
+    """Runs launches. profile: sees every access, or None; rewrite: (kernel, PTX) -> the PTX to run, or None."""
 
     def __init__(self):
         self.profile = None
@@ -177,9 +177,9 @@ def _driver(arch: int) -> Driver:
 def device(arch: str = "sm_80", profile=None) -> Iterator[None]:
     """Inside it, backend "triton" takes CPU tensors: its kernels' PTX is executed by the simulator.
 
-    arch: "sm_80", "sm_90a", "sm_100a" or "sm_120". profile: a Profile that counts every access, or None. Fresh
-    tensors are filled with NaN (the largest number, if of integers): what a kernel forgets to write, or reads
-    too early, is seen.
+    arch: "sm_80", "sm_90a", "sm_100a" or "sm_120". profile: a Profile that counts every access, or None.
+    Fresh tensors are filled with NaN (the largest number, if of integers): what a kernel forgets to write, or
+    reads too early, is seen.
     Raises: ValueError for another arch.
     """
     number = int("".join(c for c in arch if c.isdigit()) or 0)

@@ -1,8 +1,8 @@
 """The whitelist: every arithmetic form that the simulator knows, with its types and its meaning.
 
-Form(results, operands, expression): types are p (predicate) or a kind u, i, f and bytes; {0}, {1}, ... are the
-operands. Names in expressions are numpy and those of arithmetic.py. Memory, control, warp and tensor-core forms
-are compiled in compile.py. A form that is not here is refused by name.
+Form(results, operands, expression): types are p (predicate) or a kind u, i, f and bytes; {0}, {1}, ... are
+the operands. Names in expressions are numpy and those of arithmetic.py. Memory, control and warp forms are
+compiled in compile.py, tensor-core forms are in matrix.py. A form that is nowhere is refused by name.
 """
 
 from typing import NamedTuple

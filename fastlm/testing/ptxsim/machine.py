@@ -138,6 +138,7 @@ class Machine:
         return np.frombuffer(self.arguments, kind, 1, offset)
 
     def fail(self, kind: str, site: int, lane: int, what: str) -> None:
+        """Raises a finding at an instruction, of the running thread number `lane`."""
         instruction = self.compiled.sites[site]
         block, thread = self.first + int(self.block[lane]), int(self.thread[lane])
         where = f"{self.compiled.program.name}, block {block}, thread {thread}, line {instruction.line}"
@@ -373,6 +374,7 @@ class Machine:
         self._tag()
 
     def together(self, site: int) -> None:
+        """Refuses an instruction of whole warps where some of their threads are elsewhere."""
         if not self.whole_warps:
             self.fail("divergence", site, 0, "threads of this warp are elsewhere")
 

@@ -1,7 +1,7 @@
-"""The matrix instructions of a running batch: registers and shared memory on one side, tensor_cores on the other.
+"""The matrix instructions of a running batch: between its registers, its shared memory and tensor_cores.py.
 
-wgmma runs when it is issued, and counts as running until a wait: until then its accumulators may not be touched,
-and the shared memory that it reads may not be written to.
+wgmma runs when it is issued, and counts as running until a wait: until then its accumulators may not be
+touched, and the shared memory that it reads may not be written to.
 """
 
 import re

@@ -11,7 +11,7 @@ from .errors import UnknownInstruction
 
 
 class Operand(NamedTuple):
-    """kind: reg, not (a negated predicate), special, symbol, label, immediate, vector, address, pair (d|p)."""
+    """kind: reg, not (a negated predicate), special, symbol, immediate, vector, address or pair (d|p)."""
 
     kind: str
     value: object

@@ -34,7 +34,7 @@ class Traffic:
 
 
 class Profile:
-    """What `ptxsim.device(arch, profile=...)` fills; traffic is kept by (kernel, "read" or "write", tensor)."""
+    """What `ptxsim.device(arch, profile=...)` fills: traffic by (kernel, "read" or "write", tensor)."""
 
     def __init__(self):
         self.launches: list[tuple[str, tuple, tuple]] = []
