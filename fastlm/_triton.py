@@ -49,9 +49,12 @@ def device_refusal(first: torch.Tensor, argument: str) -> str | None:
     return f"takes cuda tensors, {argument} is on {first.device}"
 
 
-@torch.compiler.assume_constant_result
 def _gpu_refusal(index: int) -> str | None:
     return _refusal_of(index) if torch.cuda.is_available() else None  # fake tensors need no GPU
+
+
+# What torch.compiler.assume_constant_result sets, without importing torch._dynamo: that takes 2 s.
+_gpu_refusal._dynamo_marked_constant = True
 
 
 @functools.cache

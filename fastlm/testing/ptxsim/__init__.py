@@ -3,10 +3,10 @@
     with fastlm.testing.ptxsim.device("sm_80"):
         fastlm.ops.layer_norm(x, backend="triton")
 
-parse.py reads the text, compile.py turns basic blocks into Python (forms.py and arithmetic.py: every form that
-it knows, matrix.py and tensor_cores.py: the matrix ones), machine.py runs all threads in lock step, memory.py
-checks every access, profile.py counts them, driver.py is Triton's driver. docs/evidence.md says what this can
-show and what it cannot.
+parse.py reads the text; compile.py turns basic blocks into Python, with every form it knows in forms.py and
+arithmetic.py; machine.py runs all threads in lock step; matrix.py and tensor_cores.py do the matrix forms;
+memory.py checks every access, profile.py counts them; driver.py is Triton's driver. docs/evidence.md says what
+this can show and what it cannot.
 """
 
 from .driver import ARCHS, device, run

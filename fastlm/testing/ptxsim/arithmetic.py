@@ -1,7 +1,7 @@
 """What single PTX instructions compute, on numpy arrays of one number per thread.
 
 Approximate instructions (ex2.approx, rcp.approx, div.full, ...) give the correctly rounded result here; a
-GPU's may be off by the last bits that the PTX ISA allows. fma rounds once, but for one case in 2^29 of its ties.
+GPU's may be off by the last bits that the PTX ISA allows. fma rounds twice, which shows once in 2^29.
 Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, section 9.7.
 """
 

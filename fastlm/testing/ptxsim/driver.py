@@ -116,7 +116,7 @@ def run(text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0
 
 
 class Simulate:
-    """Runs launches. profile: sees every access, or None; rewrite: (kernel, PTX) -> the PTX to run, or None."""
+    """Runs launches. profile: sees every access; rewrite: (kernel, PTX) -> the PTX to run; or None."""
 
     def __init__(self):
         self.profile = None

@@ -39,7 +39,7 @@ class Allocations:
         self.names.insert(at, name)
 
     def pieces(self, address: np.ndarray, size: int):
-        """Yields (which addresses, None for all; allocation; offsets in it), or (which, None, None) outside."""
+        """Yields (which addresses, or None for all; allocation; offsets), or (which, None, None) outside."""
         at = bisect_right(self._starts, int(address.min())) - 1
         if at >= 0 and int(address.max()) + size <= self._ends[at]:
             yield None, at, address - self._starts[at]
