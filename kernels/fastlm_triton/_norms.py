@@ -115,6 +115,94 @@ def norm_backward(
         tl.store(sums + DWEIGHT * cols, tl.sum(dbias, 0), col < cols)
 
 
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def norm_forward_long(
+    x, x_stride, residual, residual_stride, weight, bias, y, h, mean_out, rstd_out, rows, cols, eps,
+    weight_offset, seed, threshold: tl.uint32, scale, CENTERED: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    mean, squares = 0.0, 0.0
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)
+        inside = col < cols
+        n = tl.load(x + row * x_stride + col, inside, 0.0).to(tl.float32)
+        if seed is not None:
+            n *= tl.reshape(keep_scales(seed, start, row + tl.arange(0, 1), threshold, scale, COLS), [COLS])
+        if residual is not None:
+            n += tl.load(residual + row * residual_stride + col, inside, 0.0).to(tl.float32)
+        if h is not None:
+            rounded = n.to(h.dtype.element_ty)
+            tl.store(h + row * cols + col, rounded, inside)
+            n = rounded.to(tl.float32)
+        if CENTERED:
+            count = tl.minimum(cols - start, COLS).to(tl.float32)
+            block_mean = tl.sum(n, 0) / count
+            n = tl.where(inside, n - block_mean, 0.0)
+            delta, all = block_mean - mean, start + count
+            mean += delta * (count / all)
+            squares += delta * delta * (start * count / all)
+        squares += tl.sum(n * n, 0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / cols + eps))
+    tl.store(rstd_out + row, rstd)
+    if CENTERED:
+        tl.store(mean_out + row, mean)
+    if h is not None:
+        tl.debug_barrier()  # other threads' h is read
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)
+        inside = col < cols
+        if h is not None:
+            n = tl.load(h + row * cols + col, inside, 0.0).to(tl.float32)
+        else:
+            n = tl.load(x + row * x_stride + col, inside, 0.0).to(tl.float32)
+        n = (n - mean) * rstd
+        if weight is not None:
+            n *= tl.load(weight + col, inside, 0.0).to(tl.float32) + weight_offset
+        if bias is not None:
+            n += tl.load(bias + col, inside, 0.0).to(tl.float32)
+        tl.store(y + row * cols + col, n.to(y.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each", "threshold"])
+def norm_backward_long(
+    dy, dy_stride, dh, dh_stride, h, h_stride, weight, mean_in, rstd_in, dx, dresidual, partials, rows,
+    cols, each, weight_offset, seed, threshold: tl.uint32, scale, CENTERED: tl.constexpr,
+    DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dx and dresidual of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_in + row)
+    mean = tl.load(mean_in + row) if CENTERED else 0.0
+    sums = tl.zeros([COLS], tl.float32)
+    products = tl.zeros([COLS], tl.float32)
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)
+        inside = col < cols
+        d = tl.load(dy + row * dy_stride + col, inside, 0.0).to(tl.float32)
+        if weight is not None:
+            d *= tl.load(weight + col, inside, 0.0).to(tl.float32) + weight_offset
+        sums += d
+        products += d * ((tl.load(h + row * h_stride + col, inside, 0.0).to(tl.float32) - mean) * rstd)
+    d_mean = tl.sum(sums, 0) / cols if CENTERED else 0.0
+    dn_mean = tl.sum(products, 0) / cols
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)
+        inside = col < cols
+        d = tl.load(dy + row * dy_stride + col, inside, 0.0).to(tl.float32)
+        if weight is not None:
+            d *= tl.load(weight + col, inside, 0.0).to(tl.float32) + weight_offset
+        n = (tl.load(h + row * h_stride + col, inside, 0.0).to(tl.float32) - mean) * rstd
+        gradient = (d - n * dn_mean - d_mean) * rstd
+        if dh is not None:
+            gradient += tl.load(dh + row * dh_stride + col, inside, 0.0).to(tl.float32)
+        if dresidual is not None:
+            tl.store(dresidual + row * cols + col, gradient.to(dresidual.dtype.element_ty), inside)
+        if dx is not None:
+            if seed is not None:
+                factors = keep_scales(seed, start, row + tl.arange(0, 1), threshold, scale, COLS)
+                gradient *= tl.reshape(factors, [COLS])
+            tl.store(dx + row * cols + col, gradient.to(dx.dtype.element_ty), inside)
 def run_forward(x, weight, bias, eps, weight_offset, residual, p, seed, mean, rstd):
     """y and h of a norm; mean is None for rms_norm. rstd, mean: float32 of one element a row, written."""
     y, h = output_like(x), output_like(x, residual is not None or p > 0)
