@@ -17,6 +17,7 @@ import triton.language as tl
 from . import dropout_add
 from ._config import Config, config_for
 from ._rows import (
+    SUMS_ALIKE,
     add_up,
     as_rows,
     column_sum_rows,
@@ -35,14 +36,13 @@ from ._rows import (
 def norm_forward_config(arch: int, cols: int) -> Config:
     """(rows, columns) of the tile: a whole row, several short ones, or 4096 columns of one too long.
 
-    16 elements a thread: two 16-byte loads of half precision, four of float32. 2048 at least, the work of 4
-    warps; 16384 at most, when 32 warps have 64 registers a thread.
+    16 elements a thread: two 16-byte loads of half precision, four of float32; 8 in short rows, so that 4
+    warps have work for all. 16384 columns at most: 32 warps have 64 registers a thread.
     """
     width = max(triton.next_power_of_2(cols), 4)
     if width > 16384:
         return Config((1, 4096), warps=8)
-    height = max(2048 // width, 1)
-    return Config((height, width), warps=height * width // 512)
+    return Config((max(1024 // width, 1), width), warps=max(width // 512, 4))
 
 
 def norm_backward_config(arch: int, cols: int) -> Config:
@@ -277,7 +277,7 @@ def run_forward(x, weight, bias, eps, weight_offset, residual, p, seed, mean, rs
     kernel[(triton.cdiv(rows, config.block[0]),)](
         *as_rows(x), *as_rows(residual), parameter(weight), parameter(bias), y, given(h), mean, rstd, rows,
         cols, eps, weight_offset, *dropout_of(p, seed), mean is not None, *config.block,
-        num_warps=config.warps,
+        num_warps=config.warps, **SUMS_ALIKE,
     )  # fmt: skip
     return y, h
 
@@ -297,7 +297,7 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
         if dx is not None or dresidual is not None:
             norm_backward_long[(rows,)](
                 *read, *weighted_by, cols, weight_offset, *dropout, mean is not None, config.block[1],
-                num_warps=config.warps,
+                num_warps=config.warps, **SUMS_ALIKE,
             )  # fmt: skip
         partials = parameter_partials(dy, h, mean, rstd, dweight, dbias) if outs else None
     else:
@@ -306,6 +306,7 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
         norm_backward[(programs,)](
             *read, *weighted_by, partials, rows, cols, each, weight_offset, *dropout, mean is not None,
             dweight is not None, dbias is not None, *config.block, num_warps=config.warps,
+            **SUMS_ALIKE,
         )  # fmt: skip
     if outs:
         add_up(partials, outs, config_for(partials_config, h.device))
@@ -328,7 +329,7 @@ def parameter_partials(dy, h, mean, rstd, dweight, dbias):
 
 
 def pass_on(dh, p, seed, dx, dresidual):
-    """The gradients where only h is used, or there are no rows: dresidual is dh, dx with dropout's factors."""
+    """The gradients where only h is used, or there are no rows: dresidual is dh, dx is dropped dh."""
     if dx is not None and dx.numel():
         dx.copy_(dropout_add.backward(dh, p, seed) if p > 0 else dh)
     if dresidual is not None and dresidual.numel():

@@ -7,6 +7,10 @@ import triton.language as tl
 from ._config import Config
 from ._philox import dropout_words
 
+# Kernels that sum products over the lanes of a row: were the last product fused with the first sum of a
+# butterfly, each lane would round another one of two products, and lanes would disagree about their sum.
+SUMS_ALIKE = {"enable_fp_fusion": False}
+
 
 def as_rows(t: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     """(t, elements from row to row), a row being its last axis; a copy where that is not one stride."""
@@ -50,9 +54,12 @@ def dropout_of(p: float, seed: torch.Tensor | None) -> tuple[torch.Tensor | None
 
 
 def elementwise_config(arch: int, rows: int, cols: int) -> Config:
-    """(rows, columns) of the tile: 16 elements a thread, two 16-byte loads of half precision."""
-    width = min(max(triton.next_power_of_2(cols), 4), 2048 if rows == 1 else 1024)
-    return Config((2048 // width if rows > 1 else 1, width), warps=4)
+    """(rows, columns) of the tile: 8 elements a thread, one 16-byte load of half precision.
+
+    16 programs then fill a multiprocessor's 64 warps and have 32 KB of each input under way.
+    """
+    width = min(max(triton.next_power_of_2(cols), 4), 1024)
+    return Config((1024 // width if rows > 1 else 1, width), warps=4)
 
 
 def row_blocks(rows: int, tile_rows: int) -> tuple[int, int]:
@@ -70,8 +77,8 @@ def row_blocks(rows: int, tile_rows: int) -> tuple[int, int]:
 def column_sum_rows(rows: int, across: int, tile_rows: int) -> int:
     """Rows of a block whose dx are summed by one program, by shape alone.
 
-    64 cost 2% more bytes in half precision; fewer where that leaves less than 512 programs, which are four for
-    each multiprocessor; 16 at least.
+    64 cost 2% more bytes in half precision; fewer where that leaves less than 512 programs, four for each
+    multiprocessor; 16 at least.
     """
     each = min(max(rows * across // 512, 16), 64)
     return triton.cdiv(each, tile_rows) * tile_rows
@@ -115,10 +122,8 @@ def add_partials(partials, first_out, second_out, blocks, cols, BLOCKS: tl.const
         at = (block.to(tl.int64) * count + which)[:, None] * cols + col[None, :]
         sums += tl.load(partials + at, (block < blocks)[:, None] & (col < cols)[None, :], 0.0)
     total = tl.sum(sums, 0)
-    if which == 0:
-        tl.store(first_out + col, total.to(first_out.dtype.element_ty), col < cols)
-    else:
-        tl.store(second_out + col, total.to(second_out.dtype.element_ty), col < cols)
+    tl.store(first_out + col, total.to(first_out.dtype.element_ty), (col < cols) & (which == 0))
+    tl.store(second_out + col, total.to(second_out.dtype.element_ty), (col < cols) & (which == 1))
 
 
 def add_up(partials: torch.Tensor, outs: list[torch.Tensor], config: Config) -> None:

@@ -1,7 +1,7 @@
 """bias_act: y = dropout(act(x + bias)) over the last axis.
 
-Forward writes one tile per program. Backward starts from x again: dx = act'(x + bias) * dropout's factor * dy;
-a program goes down a block of rows in one band of columns and keeps dbias = sum(dx) in registers; a second
+Forward writes one tile per program. Backward starts from x again: dx = act'(x + bias) * dropout's factor *
+dy; a program goes down a block of rows in one band of columns and keeps dbias = sum(dx) in registers; a second
 kernel adds the blocks up. Bound by bytes: x (and dy) are read once, y (dx) is written once, and 4 bytes a
 column and block go to dbias and back.
 Source: Hendrycks, Gimpel, https://arxiv.org/abs/1606.08415; the mask: _philox.py.

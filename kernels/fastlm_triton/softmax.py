@@ -2,8 +2,8 @@
 
 A program holds a row, or several short ones, in registers from its one read to its one write; rows too long
 for that are read twice, the second time from the second-level cache, with maximum and sum kept as they grow
-(Milakov, Gimelshein, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867). What causal
-excludes is not read. Backward: dx = scale * y * (dy - sum(dy * y)).
+(Milakov, Gimelshein, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867). What
+causal excludes is not read. Backward: dx = scale * y * (dy - sum(dy * y)).
 Bound by bytes: x (and the mask) read, y written; dy and y read, dx written.
 Source: Vaswani et al., section 3.2.1, https://arxiv.org/abs/1706.03762.
 """
@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from ._config import Config, config_for
-from ._rows import as_rows, output_like
+from ._rows import SUMS_ALIKE, as_rows, output_like
 
 
 def softmax_config(arch: int, cols: int) -> Config:
     """(rows, columns) of the tile: a whole row, several short ones, or 4096 columns of one too long.
 
-    16 elements a thread, so that 32 warps and their 64 registers hold 16384 columns of both dy and y.
+    16 elements a thread, so that 32 warps and their 64 registers hold 16384 columns of both dy and y; 8 in
+    short rows, so that 4 warps have work for all.
     """
     width = max(triton.next_power_of_2(cols), 4)
     if width > 16384:
         return Config((1, 4096), warps=8)
-    height = max(2048 // width, 1)
-    return Config((height, width), warps=height * width // 512)
+    return Config((max(1024 // width, 1), width), warps=max(width // 512, 4))
 
 
 @triton.jit
@@ -164,8 +164,9 @@ def forward(x, scale, mask, causal):
     config = config_for(softmax_config, x.device, cols)
     kernel = softmax_forward if config.block[1] >= cols else softmax_forward_long
     kernel[(triton.cdiv(rows, config.block[0]),)](
-        *as_rows(x), scale, *keep, y, rows, cols, causal, *config.block, num_warps=config.warps
-    )
+        *as_rows(x), scale, *keep, y, rows, cols, causal, *config.block, num_warps=config.warps,
+        **SUMS_ALIKE,
+    )  # fmt: skip
     return y
 
 
@@ -179,6 +180,7 @@ def backward(dy, y, scale, causal):
     config = config_for(softmax_config, y.device, cols)
     kernel = softmax_backward if config.block[1] >= cols else softmax_backward_long
     kernel[(triton.cdiv(rows, config.block[0]),)](
-        *as_rows(dy), *as_rows(y), scale, dx, rows, cols, causal, *config.block, num_warps=config.warps
-    )
+        *as_rows(dy), *as_rows(y), scale, dx, rows, cols, causal, *config.block, num_warps=config.warps,
+        **SUMS_ALIKE,
+    )  # fmt: skip
     return dx
