@@ -8,32 +8,55 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(z):
-    """1 / (1 + exp(-z)): exp may overflow to infinity, of which 1 / is 0, as it should be."""
-    return 1.0 / (1.0 + tl.exp(-z))
+def normal(z):
+    """(The normal distribution at z, exp(-z^2 / 2)): one exp and one division; erf has an exp of its own.
+
+    For z <= 0 it is exp(-z^2 / 2) * t * P(t), t = 1 / (1 + 0.305 |z|), the form of Abramowitz and Stegun
+    26.2.17, with the P of csrc/cpu/activations.h, fitted to 1.1e-7 relative error.
+    """
+    exponential = tl.exp(-0.5 * z * z)
+    t = 1.0 / (1.0 + 0.305 * tl.abs(z))
+    p = 0.036773404 * t - 0.153303191
+    p = p * t + 0.186270812
+    p = p * t - 0.0384986577
+    p = p * t + 0.121304937
+    p = p * t + 0.103332617
+    p = p * t + 0.122481374
+    p = p * t + 0.121638755
+    tail = p * t * exponential
+    return tl.where(z < 0, tail, 1.0 - tail), exponential
 
 
 @triton.jit
-def sigmoid_slope(z):
-    """The derivative of sigmoid. Of |z|, as it is even: exp(-|z|) neither overflows nor cancels."""
+def sigmoid(z):
+    """(sigmoid(z), its derivative), by exp(-|z|), which neither overflows nor cancels."""
     e = tl.exp(-tl.abs(z))
     s = 1.0 / (1.0 + e)
-    return e * s * s
+    return tl.where(z < 0, e * s, s), e * s * s
 
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
-    """act(z). ACTIVATION: "gelu", "gelu_tanh", "relu" or "silu".
+    """act(z). ACTIVATION: "gelu", "gelu_tanh", "relu" or "silu"."""
+    return activated_backward(z, z, ACTIVATION)[0]
 
-    gelu_tanh is z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715 z^3), as 1 + tanh(u) = 2 sigmoid(2 u): no
-    tanh is needed, and nothing cancels where it is near -1.
+
+@triton.jit
+def activated_backward(z, g, ACTIVATION: tl.constexpr):
+    """(act(z), g * act'(z)). ACTIVATION: "gelu", "gelu_tanh", "relu" or "silu".
+
+    gelu_tanh is z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715 z^3): 1 + tanh(u) = 2 sigmoid(2 u).
     """
     if ACTIVATION == "gelu":
-        return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+        distribution, exponential = normal(z)
+        return z * distribution, g * (z * (exponential * 0.3989422804014327) + distribution)
     elif ACTIVATION == "gelu_tanh":
-        return z * sigmoid(z * (1.5957691216057308 + 0.07135481627159869 * z * z))
+        linear, cubic = 1.5957691216057308, 0.07135481627159869  # 2 sqrt(2 / pi), that times 0.044715
+        s, slope = sigmoid(z * (linear + cubic * (z * z)))
+        return z * s, g * (z * (linear + 3 * cubic * (z * z)) * slope + s)
     elif ACTIVATION == "relu":
-        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, g)
     else:
         tl.static_assert(ACTIVATION == "silu")
-        return z * sigmoid(z)
+        s, slope = sigmoid(z)
+        return z * s, g * (z * slope + s)

@@ -6,11 +6,11 @@ Source: Ba, Kiros, Hinton, "Layer Normalization", https://arxiv.org/abs/1607.064
 import torch
 
 from ._norms import run_backward, run_forward
-from ._rows import output_like
+from ._rows import given, output_like, parameter_gradient
 
 
 def forward(x, weight, bias, eps, residual, dropout_p, seed):
-    """(y, h, statistics): h empty without residual and dropout; statistics float32 [2, rows], mean and rstd."""
+    """(y, h, statistics): h empty without residual and dropout; statistics float32 [2, rows]: mean, rstd."""
     rows = x.numel() // x.shape[-1]
     statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
     mean, rstd = statistics.unbind()
@@ -19,17 +19,14 @@ def forward(x, weight, bias, eps, residual, dropout_p, seed):
 
 
 def backward(dy, dh, x, h, weight, bias, statistics, dropout_p, seed, needs):
-    """(dx, dweight, dbias, dresidual); without dropout dresidual is dx, computed once and returned as dx."""
-    normed = h if h.numel() else x
-    dropout = dropout_p > 0
-    dx = output_like(x, needs[0] or (needs[3] and not dropout))
-    dresidual = output_like(x, needs[3] and dropout)
-    dweight, dbias = (
-        torch.empty(
-            (x.shape[-1] if need else 0,), dtype=torch.float32 if p is None else p.dtype, device=x.device
-        )
-        for p, need in ((weight, needs[1]), (bias, needs[2]))
-    )
+    """(dx, dweight, dbias, dresidual), those not wanted empty; without dropout dx stands for dresidual."""
+    dx = output_like(x, needs[0] or (needs[3] and dropout_p == 0))
+    dresidual = output_like(x, needs[3] and dropout_p > 0)
+    dweight = parameter_gradient(weight, x, needs[1])
+    dbias = parameter_gradient(bias, x, needs[2])
     mean, rstd = statistics.unbind()
-    run_backward(dy, dh, normed, weight, 0.0, mean, rstd, dropout_p, seed, dx, dresidual, dweight, dbias)
+    run_backward(
+        dy, dh, h if h.numel() else x, weight, 0.0, mean, rstd, dropout_p, seed, given(dx), given(dresidual),
+        given(dweight), given(dbias),
+    )  # fmt: skip
     return dx, dweight, dbias, dresidual

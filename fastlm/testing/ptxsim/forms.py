@@ -112,6 +112,7 @@ def _floats() -> None:
         "u4 u4 u4",
         "in_half_pairs(lambda a, b, c: (a.astype(F8) * b + c).astype(F2), {0}, {1}, {2})",
     )
+    _add("fma.rn.bf16", "u2", "u2 u2 u2", "to_bf16(fma(from_bf16({0}), from_bf16({1}), from_bf16({2})))")
     for name, nan in (("max", "np.maximum"), ("min", "np.minimum")):
         _flushing(f"{name}.f32", "f4", "f4 f4", f"{name}imum({{0}}, {{1}})")
         _flushing(f"{name}.NaN.f32", "f4", "f4 f4", f"{nan}({{0}}, {{1}})")
