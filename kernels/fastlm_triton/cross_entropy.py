@@ -47,7 +47,7 @@ def logits_gradient(x, col, target, maximum, exp_sum, d, cols, smoothing, z_loss
     if z_loss > 0:
         factor = 1.0 + 2.0 * z_loss * (maximum + tl.log(exp_sum))
     scale = tl.div_rn(d * factor, exp_sum)
-    spread = tl.div_rn(smoothing, cols.to(tl.float32))
+    spread = tl.div_rn(smoothing, tl.cast(cols, tl.float32))
     taken = tl.where(col == target, 1.0 - smoothing + spread, spread) * d
     return tl.exp(x - maximum) * scale - taken
 
@@ -96,7 +96,7 @@ def row_losses(
     log_sum = tl.log(exp_sum)
     loss = (1.0 - smoothing) * (log_sum - (picked - top))
     if SMOOTHING:
-        loss += smoothing * (log_sum + (top - shift) - tl.div_rn(tl.sum(shifted, 0), cols.to(tl.float32)))
+        loss += smoothing * (log_sum + (top - shift) - tl.div_rn(tl.sum(shifted, 0), tl.cast(cols, tl.float32)))
     if z_loss > 0:
         lse = log_sum + top
         loss += z_loss * lse * lse
