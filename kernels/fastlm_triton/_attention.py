@@ -23,7 +23,8 @@ SCALARS = (  # arguments whose values say nothing about how to compile
     *("q_b", "q_h", "q_s", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "do_b", "do_h", "do_s"),
     *("mask_b", "mask_h", "mask_q", "mask_k", "bias_b", "bias_h", "bias_q", "bias_k", "slopes_b", "slopes_h"),
     *("heads", "group", "queries", "keys", "tokens_q", "tokens_k", "dim", "dim_v", "offset", "left", "right"),
-    *("threshold", "dlse_b", "dlse_h", "dlse_s", "has_dlse", "needs_dq", "kept_b", "kept_h", "batch", "splits"),
+    *("threshold", "dlse_b", "dlse_h", "dlse_s", "has_dlse", "needs_dq", "needs_dk", "needs_dv"),
+    *("batch", "stat_size", "kept_b", "kept_h", "splits"),
 )
 
 
