@@ -3,6 +3,7 @@
 import torch
 
 from ._attention import problem_of, readable, unit_of
+from ._attention_backward import run_backward
 from ._attention_forward import run_forward
 
 
