@@ -1,0 +1,240 @@
+"""What the attention kernels share: which keys a query sees, what happens to a score, and their arguments.
+
+Scores are kept in units of log 2, so that their exponential is exp2, one instruction. Query i of a sequence sees
+its keys j < nk with low <= j - i <= high; a tile whose queries all see all its keys skips the comparisons. Of
+packed sequences, sequence b starts at row starts[b]. Strides and widths come in units of UNIT elements: so the
+compiler knows what they are multiples of, without compiling again for each.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._philox import dropout_words
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+_UNLIMITED = 1 << 30  # more keys than there are; with a row added it is still an int32
+
+SCALARS = (  # arguments whose values say nothing about how to compile
+    *("q_b", "q_h", "q_s", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "do_b", "do_h", "do_s"),
+    *("mask_b", "mask_h", "mask_q", "mask_k", "bias_b", "bias_h", "bias_q", "bias_k", "slopes_b", "slopes_h"),
+    *("heads", "group", "queries", "keys", "tokens_q", "tokens_k", "dim", "dim_v", "offset", "left", "right"),
+    *("threshold", "dlse_b", "dlse_h", "dlse_s", "has_dlse", "needs_dq", "needs_dk", "needs_dv"),
+    *("batch", "stat_size", "kept_b", "kept_h", "splits"),
+)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to 2 ulp: a polynomial, fitted on [0, 0.625], where 1 - 2 / (e^2x + 1) would cancel."""
+    y = x * x
+    p = -0.3333328068 + y * (0.1333138347 + y * (-0.0537354685 + y * (0.0206267275 - y * 0.0056924275)))
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * y * p, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _start_of(starts, b, tokens):
+    """Where sequence b starts: the largest of starts[: b + 1], at most `tokens`, whatever was given."""
+    found = 0
+    for at in range(0, b + 1, 128):
+        i = at + tl.arange(0, 128)
+        found = tl.maximum(found, tl.max(tl.load(starts + i, mask=i <= b, other=0)))
+    return tl.minimum(found, tokens)
+
+
+@triton.jit
+def sequence_of(b, queries, keys, tokens_q, tokens_k, lengths, starts_q, starts_k, offset, left, right):
+    """(first_q, nq, first_k, nk, low, high): sequence b's first row and its rows in q and in k, what it sees.
+
+    offset: of packed sequences 1 if their last query and key are aligned, 0 if the first are.
+    """
+    if starts_q is None:
+        nq, nk, shift = queries, keys, offset
+        first_q, first_k = b.to(tl.int64) * queries, b.to(tl.int64) * keys
+        if lengths is not None:
+            nk = tl.maximum(0, tl.minimum(keys, tl.load(lengths + b)))
+    else:
+        first_q, first_k = _start_of(starts_q, b, tokens_q), _start_of(starts_k, b, tokens_k)
+        end_q = tl.minimum(tl.maximum(tl.load(starts_q + b + 1), first_q), tokens_q)
+        end_k = tl.minimum(tl.maximum(tl.load(starts_k + b + 1), first_k), tokens_k)
+        nq, nk = tl.minimum(end_q - first_q, queries), tl.minimum(end_k - first_k, keys)
+        first_q, first_k = first_q.to(tl.int64), first_k.to(tl.int64)
+        shift = offset * (nk - nq)
+    return first_q, nq, first_k, nk, shift - left, shift + right
+
+
+@triton.jit
+def head_of(t, b, h, first, t_b, t_h, t_s, UNIT: tl.constexpr, PACKED: tl.constexpr):
+    """(pointer to row 0 of sequence b in head h, the rows' stride)."""
+    stride = t_s.to(tl.int64) * UNIT
+    at = h.to(tl.int64) * t_h * UNIT
+    if PACKED:
+        at += first * stride
+    else:
+        at += b.to(tl.int64) * t_b * UNIT
+    return t + at, stride
+
+
+@triton.jit
+def load_rows(base, stride, rows, cols, count, width, EVEN: tl.constexpr):
+    """[rows, cols] of a matrix of `count` rows, 0 outside it; EVEN: `cols` are all of its `width`."""
+    inside = (rows < count)[:, None]
+    if not EVEN:
+        inside = inside & (cols < width)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, rows, cols, count, width, x, EVEN: tl.constexpr):
+    """Writes x to [rows, cols] of a matrix of `count` rows of `width`, rounded to its dtype."""
+    inside = (rows < count)[:, None]
+    if not EVEN:
+        inside = inside & (cols < width)[None, :]
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scores_of(qk, i, j, nq, nk, factor, cap, shift, slope, bias, bias_q, bias_k, RAW: tl.constexpr):
+    """(scores, tanh): what scale, softcap, alibi and bias make of q.k; RAW: nothing, the exponential scales.
+
+    i, j: of queries and keys, shaped to broadcast to qk's shape. factor: scale * log2(e), or with a cap scale
+    / softcap. cap: softcap * log2(e). shift: j - i where alibi is 0. slope: times log2(e).
+    """
+    s = qk
+    if not RAW:
+        s = qk * factor
+    bent = s
+    if cap is not None:
+        bent = _tanh(s)
+        s = bent * cap
+    if slope is not None:
+        s -= slope * tl.abs(i + shift - j).to(tl.float32)
+    if bias is not None:
+        at = bias + i.to(tl.int64) * bias_q + j.to(tl.int64) * bias_k
+        b = tl.load(at, mask=(i < nq) & (j < nk), other=0.0).to(tl.float32)
+        s = tl.where(b == float("-inf"), float("-inf"), s + b * LOG2E)
+    return s, bent
+
+
+@triton.jit
+def hide(x, fill, i, j, i0, i1, j0, j1, nq, nk, low, high, mask, mask_q, mask_k):
+    """x with `fill` where query i does not see key j; i0 to i1 and j0 to j1 are all of the tile's."""
+    if mask is not None:
+        at = mask + i.to(tl.int64) * mask_q + j.to(tl.int64) * mask_k
+        x = tl.where(tl.load(at, mask=(i < nq) & (j < nk), other=0) != 0, x, fill)
+    if (j1 >= nk) | (j1 - i0 > high) | (j0 - i1 < low):
+        d = j - i
+        x = tl.where((j < nk) & (d >= low) & (d <= high), x, fill)
+    return x
+
+
+@triton.jit
+def survivors(seed, i, j0, head, threshold, KEYS: tl.constexpr):
+    """Whether dropout keeps the weight of query i [N] and key j0 + [0, KEYS): boolean [N, KEYS]."""
+    block = (j0 // 4 + tl.arange(0, KEYS // 4))[None, :] + 0 * i[:, None]
+    row = i[:, None] + 0 * block
+    words = dropout_words(
+        tl.load(seed), block.to(tl.uint32), row.to(tl.uint32), (head + 0 * block).to(tl.uint32)
+    )
+    return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def zero_gaps(base, stride, first, count, begin, end, cols, width, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Zeros to rows [begin, end) but [first, first + count), which other programs write."""
+    r = tl.arange(0, ROWS)
+    for at in range(0, end - begin - count, ROWS):
+        rows = begin + at + r
+        rows = tl.where(rows < first, rows, rows + count)
+        zeros = tl.zeros([ROWS, cols.shape[0]], tl.float32)
+        store_rows(base, stride, rows, cols, end, width, zeros, EVEN)
+
+
+@triton.jit
+def owned_rows(starts, b, batch, first, tokens):
+    """[begin, end) of the rows that sequence b sees to: its own, and what lies before the first or after the last."""
+    begin = tl.where(b == 0, 0, first)
+    end = tl.minimum(tl.maximum(tl.load(starts + b + 1), first.to(tl.int32)), tokens)
+    return begin, tl.where(b == batch - 1, tokens, end)
+
+
+class Problem(NamedTuple):
+    """One call's arguments as every attention kernel begins with them, and what they are cut by."""
+
+    arguments: tuple
+    flags: dict  # constexprs
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int  # of the longest sequence, if packed
+    keys: int
+    dtype: torch.dtype
+    width: int  # of q's and v's head dims the larger one, padded
+
+
+def readable(t: Tensor) -> Tensor:
+    """t, or a copy whose last axis is contiguous: rows are read in place."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def head_strides(t: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and row of [batch, heads, seq, dim] or, packed, [tokens, heads, dim]."""
+    return t.stride()[:3] if t.dim() == 4 else (0, t.stride(1), t.stride(0))
+
+
+def unit_of(*tensors: Tensor) -> int:
+    """What divides every stride and width: the elements of 16 bytes, or 1."""
+    unit = 16 // tensors[0].element_size()
+    sizes = (n for t in tensors for n in (*head_strides(t), t.shape[-1]))
+    return 1 if any(n % unit for n in sizes) else unit
+
+
+def _broadcast_strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Strides of t, 0 where it has one entry for all."""
+    if t is None:
+        return (0,) * axes
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def problem_of(
+    q, k, v, scale, offset, left, right, softcap, slopes, dropout_p, seed, unit,
+    mask=None, bias=None, lengths=None, starts_q=None, starts_k=None, longest=None,
+) -> Problem:  # fmt: skip
+    """What the kernels take, of [batch, heads, seq, dim], or of packed [tokens, heads, dim] and their starts.
+
+    q, k, v: readable. unit: unit_of what is read. longest: of packed sequences (queries, keys) of the longest.
+    """
+    rows = 2 if starts_q is None else 0
+    tokens = (q.shape[rows], k.shape[rows])
+    queries, keys = longest or tokens
+    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    dim, dim_v, half = q.shape[-1], v.shape[-1], q.dtype != torch.float32
+    capped, dropped = softcap > 0, dropout_p > 0
+    threshold = int(dropout_p * 2**32)
+    strides = (n // unit for t in (q, k, v) for n in head_strides(t))
+    tensors = (q, k, v, mask, bias, lengths, starts_q, starts_k, slopes, seed if dropped else None)
+    broadcast = (*_broadcast_strides(mask, 4), *_broadcast_strides(bias, 4), *_broadcast_strides(slopes, 2))
+    sizes = (q.shape[1], q.shape[1] // k.shape[1], batch, queries, keys, *tokens, dim // unit, dim_v // unit)
+    band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
+    scales = (scale / softcap if capped else scale * LOG2E.value, softcap * LOG2E.value if capped else None, scale)
+    dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32
+    block_d, block_v = _padded(dim), _padded(dim_v)
+    flags = {
+        "RAW": half and scale > 0 and not capped and slopes is None and bias is None,
+        "UNIT": unit,
+        "EVEN": (dim, dim_v) == (block_d, block_v),
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "BD": block_d,
+        "BV": block_v,
+    }
+    arguments = (*tensors, *strides, *broadcast, *sizes, *band, *scales, *dropout)
+    return Problem(arguments, flags, batch, q.shape[1], k.shape[1], queries, keys, q.dtype, max(block_d, block_v))
