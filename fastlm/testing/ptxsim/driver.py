@@ -87,9 +87,18 @@ class _Launcher:
         self._kinds = list(source.signature.items())
 
     def __call__(self, x, y, z, stream, function, packed, launched, enter, leave, *arguments):
-        given = [(n, k, a) for (n, k), a in zip(self._kinds, arguments, strict=True) if k != "constexpr"]
+        given = [g for (n, k), a in zip(self._kinds, arguments, strict=True) for g in _flat(n, k, a)]
         if x * y * z > 0:
             self._driver.run(function, (x, y, z), (32 * self._warps, 1, 1), given)
+
+
+def _flat(name: str, kind, argument):
+    """(name, kind, value) of each of the kernel's parameters that an argument, maybe a tuple, is passed in."""
+    if isinstance(kind, tuple):
+        for inner, value in zip(kind, argument, strict=True):
+            yield from _flat(name, inner, value)
+    elif kind != "constexpr":
+        yield name, kind, argument
 
 
 @functools.lru_cache(maxsize=512)
