@@ -93,7 +93,7 @@ class _Launcher:
 
 
 def _flat(name: str, kind, argument):
-    """(name, kind, value) of each of the kernel's parameters that an argument, maybe a tuple, is passed in."""
+    """(name, kind, value) of each parameter that an argument is passed in: several for a tuple."""
     if isinstance(kind, tuple):
         for inner, value in zip(kind, argument, strict=True):
             yield from _flat(name, inner, value)
@@ -218,12 +218,14 @@ def driven_by(driver: Driver, hook=None) -> Iterator[None]:
 
 @contextmanager
 def _filled() -> Iterator[None]:
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    _deterministic(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _deterministic(before, warn_only=warned)
+
+
+# What torch.use_deterministic_algorithms calls, without its import of torch._inductor: that takes 5 s.
+_deterministic = torch._C._set_deterministic_algorithms
