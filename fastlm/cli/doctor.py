@@ -16,7 +16,7 @@ import fastlm
 from .. import _load, cpu, ops
 from .._op import BACKENDS, OPS
 from ..testing.cases import SEEDS, Case, Draw, cases_of
-from ..testing.compare import verdicts
+from ..testing.compare import device_of, moved, verdicts
 from . import doctor_memory
 
 LIMIT_S = 10.0  # of the self-test: checks that do not fit are counted as not done
@@ -46,7 +46,7 @@ def examine(limit_s: float = LIMIT_S) -> dict:
 
 def why_not(op: str, backend: str) -> str | None:
     """None if `backend` can run the op's first case where it lives, else the reason."""
-    inputs = cases_of(op)[0][0].inputs(Draw(0, torch.float32))
+    inputs = moved(cases_of(op)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
     return fastlm.explain(op, **inputs).reasons[backend]
 
 
@@ -78,7 +78,7 @@ def _planned() -> list[tuple]:
 
 
 def _broken(op: str, backend: str, case: Case, dtype: torch.dtype) -> list[str]:
-    draws = [case.inputs(Draw(seed, dtype)) for seed in SEEDS]
+    draws = [moved(case.inputs(Draw(seed, dtype)), device_of(backend)) for seed in SEEDS]
     try:
         if fastlm.explain(op, **draws[0]).reasons[backend] is not None:
             return []  # a refusal is no failure: the reference runs it
