@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ..cli.errors import CommandError
-from .workload import Workload, bytes_of, sides
+from .sides import sides
+from .workload import Workload, bytes_of
 
 # every block of 64 KB or more goes back to the system when it is freed, so that none hides in the peak
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
