@@ -14,7 +14,7 @@ from .workload import Baseline, Step, Workload
 
 
 def calls(workload: Workload, baselines, backends) -> dict[str, Callable[[], Baseline]]:
-    """Name -> what makes its call, for everything to be timed: the baselines asked for, then fastlm's backends.
+    """Name -> what makes its call, for all that is timed: the baselines asked for, then fastlm's backends.
 
     baselines: of options.BASELINES; what the workload has not is left out. backends: names, or None for
     automatic choice.
@@ -83,14 +83,18 @@ def _step(side: Baseline, arguments: dict, differentiable: tuple[str, ...], dire
     if direction == "forward":
         return lambda: (call(),)
     leaves = [t.requires_grad_() for n, t in given.items() if n in differentiable and isinstance(t, Tensor)]
-    with torch.no_grad():
-        out = side.unform(arguments, call())
-    # the same cotangent for every side, so that their gradients can be compared
-    dout = Draw(1, out.dtype, str(out.device)).normal(*out.shape) if out.dim() else None
-    dout = None if dout is None else side.form(arguments, dout)
+    cotangents: list[Tensor | None] = []
 
     def both() -> tuple:
         result = call()
-        return (result, *torch.autograd.grad(result, leaves, dout))
+        if not cotangents:  # only now: some peers write into their inputs, so the first call is the right one
+            cotangents.append(_cotangent(side, arguments, result.detach()))
+        return (result, *torch.autograd.grad(result, leaves, cotangents[0]))
 
     return both
+
+
+def _cotangent(side: Baseline, arguments: dict, result: Tensor) -> Tensor | None:
+    """The same for every side, so that their gradients can be compared; None for a scalar."""
+    out = side.unform(arguments, result)
+    return side.form(arguments, Draw(1, out.dtype, str(out.device)).normal(*out.shape)) if out.dim() else None
