@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from fastlm import ops
@@ -14,6 +15,7 @@ from fastlm.bench import clock, machine, models, options, peers, plan, plots, re
 from fastlm.bench.registry import WORKLOADS
 from fastlm.cli.app import app
 from fastlm.testing.compare import judge
+from fastlm.tune import search
 
 ATTENTION = {"sdpa", "flex", "flash_attn", "fastlm"}
 ROWWISE = {"eager", "compile", "fastlm"}
@@ -47,8 +49,7 @@ def test_workloads_on_a_gpu_are_larger_and_in_bfloat16(workload):
     assert on.dtypes == ("bf16",) and len(on.size) == len(workload.size)
     assert on.gpu or on.name == "one_row"
     assert workload.on("cpu") is workload
-    with torch._subclasses.FakeTensorMode():  # the sizes are meant, and fit together
-        arguments = on.arguments("bf16", "cuda:0")
+    arguments = search.fake_arguments(on, "bf16", FakeTensorMode())  # the sizes fit together
     moved = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
     assert on.name == "one_row" or 50e6 < moved < 3e9
 

@@ -124,8 +124,10 @@ def test_a_run_goes_on_where_an_earlier_one_ended(tmp_path, monkeypatch):
 def test_a_job_that_ended_the_process_is_not_begun_again(tmp_path):
     code = (
         "import os, sys; from dataclasses import replace; from pathlib import Path\n"
-        "sys.path.insert(0, 'tests'); import test_bench_journal as t; from fastlm.bench import plan, registry\n"
-        "registry.WORKLOADS[:] = [replace(w, size=w.small) for w in registry.WORKLOADS if w.op in t.OPTIONS.op]\n"
+        "sys.path.insert(0, 'tests'); import test_bench_journal as t\n"
+        "from fastlm.bench import plan, registry\n"
+        "known = [w for w in registry.WORKLOADS if w.op in t.OPTIONS.op]\n"
+        "registry.WORKLOADS[:] = [replace(w, size=w.small) for w in known]\n"
         "plan.measured = lambda *_: os.kill(os.getpid(), 9)\n"
         "t._bench(Path(sys.argv[1]))\n"
     )
