@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlm.bench.registry import WORKLOADS
-from fastlm.bench.workload import sides
+from fastlm.bench.sides import sides
 
 BACKENDS = ("cpu",)
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 
 import torch
 
+from . import _tuned
+
 _LEAST = (8, 0)  # compute capability: cp.async, bfloat16 and its mma came with it
 
 
@@ -72,16 +74,23 @@ def body(op: str, function: str) -> Callable:
     loaded: list[Callable] = []
 
     def run(*args):
+        first = next(a for a in args if isinstance(a, torch.Tensor))
         if not loaded:
             loaded.append(getattr(import_module(f"fastlm_triton.{op}"), function))
-        with _device_of(args):
-            return loaded[0](*args)
+            if first.is_cuda:
+                _tuned.load(first.device.index)
+        with _device_of(first):
+            try:
+                return loaded[0](*args)
+            except Exception as error:
+                if not _tuned.dropped(error):
+                    raise
+                return loaded[0](*args)
 
     return run
 
 
-def _device_of(args):
-    first = next(a for a in args if isinstance(a, torch.Tensor))
+def _device_of(first: torch.Tensor):
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         return torch.cuda.device(first.device)
     return nullcontext()

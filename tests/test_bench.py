@@ -30,6 +30,8 @@ def test_ceilings_are_bytes_and_flops_over_the_median():
 class _Script:
     """A clock that tells each step's name and takes its seconds from a script."""
 
+    sample_s, most_calls = 0.02, 100
+
     def __init__(self, seconds):
         self.told, self._seconds = [], seconds
 

@@ -58,7 +58,7 @@ ERRORS = {
     "unknown op": (lambda t: ["--op", "sofmax"], "--op must be one of "),
     "unknown baseline": (
         lambda t: ["--baseline", "jax"],
-        "--baseline must be one of eager, sdpa, compile, got jax",
+        "--baseline must be one of eager, sdpa, compile, flex, flash_attn, liger, got jax",
     ),
     "unknown backend": (
         lambda t: ["--backend", "tpu"],
@@ -83,7 +83,7 @@ ERRORS = {
     "nothing chosen": (lambda t: ["-k", "no such", "--memory", "off"], "no workload's title holds 'no such'"),
     "a backend that refuses": (
         lambda t: ["-k", "one_row", "--backend", "cuda", "--memory", "off"],
-        "layer_norm one_row [1,64]: layer_norm has no cuda kernel",
+        "layer_norm one_row [1,64] f32 forward: layer_norm has no cuda kernel",
     ),
     "nothing to compare": (lambda t: ["--compare", t / "none.json"], "none.json: No such file"),
     "not JSON": (lambda t: ["--from", _file(t, "{")], "is not JSON"),

@@ -7,7 +7,8 @@ import torch
 
 from fastlm.bench import growth, models, peaks, sweep
 from fastlm.bench.registry import WORKLOADS
-from fastlm.bench.workload import Workload, sides
+from fastlm.bench.sides import sides
+from fastlm.bench.workload import Workload
 from fastlm.testing.compare import KernelCalls, judge
 
 

@@ -10,9 +10,9 @@ from fastlm import ops
 from fastlm._op import OPS
 from fastlm.testing import ptxsim
 from fastlm.testing.cases import SEEDS, Draw, cases_of
-from fastlm.testing.compare import KernelCalls, verdicts
+from fastlm.testing.compare import KernelCalls, device_of, moved, verdicts
 
-ARCHS = ("sm_80", "sm_90a", "sm_120")  # that Triton's PTX is simulated for
+ARCHS = ("sm_80", "sm_90a", "sm_120")  # that Triton's PTX is simulated for, where there is no GPU
 
 
 def _points():
@@ -21,7 +21,8 @@ def _points():
             for dtype in case.dtypes:
                 for backend in op.backends:
                     short = str(dtype).removeprefix("torch.")
-                    for arch in ARCHS if backend == "triton" else (None,):
+                    simulated = backend == "triton" and device_of(backend) == "cpu"
+                    for arch in ARCHS if simulated else (None,):
                         at = f"{backend}-{arch}" if arch else backend
                         id = f"{name}-{at}-{case.name}-{short}"
                         yield pytest.param(name, backend, arch, case, dtype, id=id)
@@ -35,7 +36,7 @@ def test_kernel_is_as_right_as_the_reference(name, backend, arch, case, dtype):
 
 def _check(name, backend, case, dtype):
     public, differentiable = getattr(ops, name), cases_of(name)[1]
-    draws = [case.inputs(Draw(seed, dtype)) for seed in SEEDS]
+    draws = [moved(case.inputs(Draw(seed, dtype)), device_of(backend)) for seed in SEEDS]
     refusal = fastlm.explain(name, **draws[0]).reasons[backend]
     if refusal is not None:
         with pytest.raises(NotImplementedError) as error:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..cli.errors import CommandError
 from . import results
-from .report import COLUMNS, cells, stress_lines, sweep_lines
+from .machine import summary
+from .report import cells, columns, peers_in, stress_lines, sweep_lines
 
 BEGIN, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
@@ -33,11 +34,11 @@ def markdown(found: dict, source: str) -> str:
     """The rows as the documentation shows them; source: where the file is, as a link from the page."""
     machine = found["machine"]
     lines = [
-        f"Measured on {machine['date'][:10]}: {machine['cpu']}, {machine['instruction_set']},"
-        f" {machine['threads']} threads, torch {machine['torch']}, fastlm {machine['fastlm']};"
+        f"Measured on {machine['date'][:10]}: {summary(machine)}, fastlm {machine['fastlm']};"
         f" all rounds are in [{source.rpartition('/')[2]}]({source}).",
     ]
-    for memory, title in (("on", "Memory reused"), ("off", "torch's default allocation")):
+    titles = {"on": "Memory reused", "off": "torch's default allocation", "gpu": "On the GPU"}
+    for memory, title in titles.items():
         rows = [row for row in found["rows"] if row["memory"] == memory]
         if rows:
             lines += ["", f"**{title}**", "", *_markdown_table(rows)]
@@ -68,5 +69,6 @@ def _powers(growth: dict | None) -> list[str]:
 
 
 def _markdown_table(rows: list[dict]) -> list[str]:
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- |" + " --: |" * (len(COLUMNS) - 1)]
-    return lines + [f"| {' | '.join(line)} |" for row in rows for line in cells(row)]
+    names = columns(rows)
+    lines = [f"| {' | '.join(names)} |", "| --- |" + " --: |" * (len(names) - 1)]
+    return lines + [f"| {' | '.join(line)} |" for row in rows for line in cells(row, peers_in(rows))]

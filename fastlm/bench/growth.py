@@ -10,7 +10,8 @@ from . import peaks
 from .clock import clock_of, interleaved
 from .measure import ratio, summary
 from .registry import WORKLOADS
-from .workload import Workload, sides
+from .sides import sides
+from .workload import Workload
 
 LIMIT_S = 8.0  # of one point's rounds: the largest sizes get fewer rounds
 _SEQUENCES = (256, 512, 1024, 2048, 4096, 8192, 16384)

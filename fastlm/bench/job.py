@@ -8,6 +8,8 @@ from rich.console import Console
 
 from ..cli.errors import CommandError
 from . import docs, machine, plots, registry, report, results
+from .journal import Journal
+from .measure import is_fastlm
 from .models import MODELS, STRESS_TITLE
 from .options import Options, check
 from .run import run
@@ -27,15 +29,24 @@ class Outputs:
     docs: Path | None = None
 
 
-def bench(options: Options, outputs: Outputs, console: Console) -> None:
-    """Does the whole job. Raises: CommandError where it cannot go on, if possible before measuring."""
+def bench(options: Options, outputs: Outputs, console: Console) -> bool:
+    """Does the whole job. Returns: whether all that is fastlm's ran; what failed is in the results.
+
+    Raises: CommandError where it cannot go on, if possible before measuring.
+    """
     check(options)
     file = _checked(options, outputs)
     old = results.read(outputs.compare) if outputs.compare else None
-    found = results.read(outputs.source) if outputs.source else results.rounded(run(options, console))
-    _show(found, old, console)
+    journal = Journal(file)
+    if outputs.source:
+        found = results.read(outputs.source)
+    else:
+        found = results.rounded(run(options, console, journal))
     if file is not None:
         results.write(file, found)
+        journal.remove()
+    _show(found, old, console)
+    if file is not None:
         _say(console, f"Wrote {file}")
     if outputs.plot is not None:
         for picture in plots.write(outputs.plot, found):
@@ -43,6 +54,7 @@ def bench(options: Options, outputs: Outputs, console: Console) -> None:
     if outputs.docs is not None:
         docs.write_block(outputs.docs, found, file or outputs.source)
         _say(console, f"Wrote the table of {outputs.docs}")
+    return not any(f["side"] is None or is_fastlm(f["side"]) for f in found.get("failures", []))
 
 
 def titles() -> list[str]:
@@ -58,6 +70,8 @@ def _checked(options: Options, outputs: Outputs) -> Path | None:
     if file is not None and file.is_dir():
         facts = machine.facts(options.device)
         file = file / f"{facts['device']}-{facts['date'][:10]}.json"
+    if options.resume and file is None:
+        raise CommandError("--resume needs --json: the file, or the folder, that the run was to write")
     for folder in (file and file.parent, outputs.plot):
         if folder is not None:
             results.check_folder(folder)
@@ -73,7 +87,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _show(found: dict, old: dict | None, console: Console) -> None:
-    for memory in ("on", "off"):
+    for memory in report.TITLES:
         if any(row["memory"] == memory for row in found["rows"]):
             console.print(report.table(found["rows"], memory))
     if found["rows"]:
@@ -83,5 +97,6 @@ def _show(found: dict, old: dict | None, console: Console) -> None:
     for table in tables:
         if table is not None:
             console.print(table)
-    for line in [*report.stress_lines(found["rows"]), *report.sweep_lines(found.get("sweep"))]:
+    told = [*report.stress_lines(found["rows"]), *report.sweep_lines(found.get("sweep"))]
+    for line in [*told, *report.failure_lines(found)]:
         _say(console, line)

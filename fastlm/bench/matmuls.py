@@ -150,7 +150,7 @@ def _head_work(arguments: dict, direction: str) -> Work:
     return _products(arguments, ("x", "weight"), matmul, direction)
 
 
-def _causal(name: str, size: tuple, directions=("both",), dropout_p: float = 0.0) -> Workload:
+def _causal(name: str, size: tuple, gpu: tuple, directions=("both",), dropout_p: float = 0.0) -> Workload:
     return Workload(
         "attention",
         name,
@@ -161,13 +161,14 @@ def _causal(name: str, size: tuple, directions=("both",), dropout_p: float = 0.0
         _attention_work(_causal_pairs),
         directions=directions,
         options={"causal": True, "dropout_p": dropout_p},
+        gpu=gpu,
     )
 
 
 WORKLOADS = [
-    _causal("gpt2_causal", (4, 12, 1024, 64), ("forward", "both")),
-    _causal("long_causal", (1, 16, 2048, 128), ("forward", "both")),
-    _causal("causal_dropout", (4, 12, 512, 64), dropout_p=0.1),
+    _causal("gpt2_causal", (4, 12, 1024, 64), (8, 16, 2048, 64), ("forward", "both")),
+    _causal("long_causal", (1, 16, 2048, 128), (1, 32, 8192, 128), ("forward", "both")),
+    _causal("causal_dropout", (4, 12, 512, 64), (8, 16, 2048, 64), dropout_p=0.1),
     Workload(
         "attention",
         "half_lengths",
@@ -176,6 +177,7 @@ WORKLOADS = [
         (3, 2, 20, 16),
         {"sdpa": Baseline(_sdpa, _padding_mask)},
         _attention_work(_length_pairs),
+        gpu=(16, 16, 2048, 64),
     ),
     Workload(
         "attention_varlen",
@@ -185,6 +187,7 @@ WORKLOADS = [
         (4, 3, 30, 2, 16),
         {"sdpa": Baseline(_sdpa, _padded, _pad, _unpad)},
         _attention_work(_packed_pairs),
+        gpu=(64, 128, 2048, 16, 64),
     ),
     Workload(
         "decode_attention",
@@ -196,6 +199,7 @@ WORKLOADS = [
         _cache_work,
         directions=("forward",),
         sets=4,  # 200 MB of caches in turn: no last-level cache holds them
+        gpu=(8, 32, 4096, 128),
     ),
     Workload(
         "append_kv",
@@ -207,6 +211,7 @@ WORKLOADS = [
         lambda arguments, direction: None,  # 50 KB: too small for a bandwidth to be its floor
         pick=lambda output, arguments: arguments["v_cache"],
         directions=("forward",),
+        gpu=(8, 32, 4096, 128),
     ),
     *(
         Workload(
@@ -218,6 +223,7 @@ WORKLOADS = [
             {"eager": Baseline(_feed_forward)},
             _feed_forward_work,
             options={"dropout_p": p},
+            gpu=(4096, 4096, 11008),
         )
         for name, p in (("gpt2", 0.0), ("gpt2_dropout", 0.1))
     ),
@@ -230,5 +236,6 @@ WORKLOADS = [
         {"eager": Baseline(_head_cross_entropy)},
         _head_work,
         peak=True,
+        gpu=(4096, 4096, 128256),
     ),
 ]

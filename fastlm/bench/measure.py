@@ -8,7 +8,7 @@ from statistics import median, quantiles
 import torch
 
 from .ceilings import Ceilings, floor
-from .clock import clock_of, interleaved
+from .clock import CudaClock, clock_of, interleaved
 from .workload import Work
 
 
@@ -27,10 +27,14 @@ class Row:
 
 def measured(row: Row, device: str, rounds: int, limit_s: float = math.inf) -> dict:
     """Times the row and returns it as plain values: every round, medians, ratios, shares of the floor."""
-    ceilings = Ceilings(device, row.dtype)
+    ceilings, clock = Ceilings(device, row.dtype), clock_of(device)
     with torch.inference_mode(row.direction == "forward"):
-        times = interleaved(ceilings.steps | row.steps, rounds, clock_of(device), limit_s)
-    return row_of(row, {name: times[name] for name in row.steps}, ceilings.rates(times))
+        times = interleaved(ceilings.steps | row.steps, rounds, clock, limit_s)
+    found = row_of(row, {name: times[name] for name in row.steps}, ceilings.rates(times))
+    if isinstance(clock, CudaClock):
+        for name, step in row.steps.items():
+            found["sides"][name]["host_s"] = clock.host_s(step)
+    return found
 
 
 def row_of(row: Row, times: dict[str, list[float]], rates: dict[str, float]) -> dict:

@@ -5,7 +5,8 @@ fastlm's side is the same model patched, its head and loss joined into linear_cr
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..examples.plain_gpt import PlainGPT
 from .ceilings import Ceilings
 from .clock import clock_of, interleaved
 from .measure import Row, row_of
-from .workload import Work
+from .workload import DTYPES, Work
 
 _CONFIDENCE = 20.0  # deviation of a confident model's logits: a quarter of their gradient is denormal
 _STRESS_S = 30.0  # after that no new round of the stressed step begins
@@ -25,7 +26,7 @@ _STRESS_S = 30.0  # after that no new round of the stressed step begins
 
 @dataclass(frozen=True)
 class Gpt:
-    """A model and its batch. context: in tokens. confident: logits tens apart."""
+    """A model and its batch. context: in tokens. confident: logits tens apart. dtype: of weights and all."""
 
     name: str
     layers: int
@@ -36,6 +37,13 @@ class Gpt:
     context: int
     dropout: float = 0.0
     confident: bool = False
+    dtype: str = "f32"
+
+    def on(self, device: str) -> "Gpt":
+        """The model as it is measured on a device: on a GPU in bfloat16, with a batch that fills it."""
+        if torch.device(device).type != "cuda" or self in STRESS:
+            return self
+        return replace(self, dtype="bf16", batch=16, context=1024)
 
     @property
     def title(self) -> str:
@@ -54,7 +62,7 @@ class Gpt:
         if self.confident:
             with torch.no_grad():  # the last norm's output has deviation 1
                 made.head.weight.normal_(std=_CONFIDENCE * self.dim**-0.5)
-        return made.to(device)
+        return made.to(device, DTYPES[self.dtype])
 
     def batch_of(self, device: str) -> tuple[Tensor, Tensor]:
         """Random tokens and targets."""
@@ -80,7 +88,7 @@ def work(gpt: Gpt, parameters: int) -> Work:
     tokens = gpt.batch * gpt.context
     linear = 6 * tokens * gpt.dim * (12 * gpt.dim * gpt.layers + gpt.vocab)
     attention = 3.5 * 2 * tokens * (gpt.context + 1) * gpt.dim * gpt.layers
-    return Work(7 * 4 * parameters, linear + attention, adds_up=True)
+    return Work(7 * DTYPES[gpt.dtype].itemsize * parameters, linear + attention, adds_up=True)
 
 
 def loss_by_fastlm(model: PlainGPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -105,23 +113,40 @@ def training_step(model: nn.Module, loss_of: Callable, tokens: Tensor, targets: 
     return step
 
 
+def builders(gpt: Gpt, device: str, baselines, backends) -> dict[str, Callable[[], Callable]]:
+    """Side -> what makes its training step."""
+    batch = gpt.batch_of(device)
+    found = {name: partial(_torchs, gpt, device, name, batch) for name in ("eager", "compile")}
+    found = {name: make for name, make in found.items() if name in baselines}
+    for backend in backends:
+        name = "fastlm" if backend is None else f"fastlm.{backend}"
+        found[name] = partial(_fastlms, gpt, device, backend, batch)
+    return found
+
+
+def _torchs(gpt: Gpt, device: str, name: str, batch: tuple[Tensor, Tensor]) -> Callable:
+    model = gpt.model(device)
+    return training_step(model, torch.compile(model, dynamic=False) if name == "compile" else model, *batch)
+
+
+def _fastlms(gpt: Gpt, device: str, backend: str | None, batch: tuple[Tensor, Tensor]) -> Callable:
+    model = gpt.model(device)
+    fastlm.patch(model)
+    return training_step(model, _on_backend(model, backend), *batch)
+
+
+def row_of_steps(gpt: Gpt, steps: dict[str, Callable]) -> Row:
+    """The model's training steps as what is to be measured."""
+    with torch.device("meta"):
+        model = PlainGPT(gpt.vocab, gpt.dim, gpt.heads, gpt.layers, gpt.context)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Row("gpt_step", gpt.name, gpt.size, gpt.dtype, "both", steps, work(gpt, parameters))
+
+
 def row(gpt: Gpt, device: str, baselines, backends) -> Row:
     """The model's training step on every side, to be measured."""
-    tokens, targets = gpt.batch_of(device)
-    steps = {}
-    for name in ("eager", "compile"):
-        if name in baselines:
-            model = gpt.model(device)
-            loss_of = torch.compile(model, dynamic=False) if name == "compile" else model
-            steps[name] = training_step(model, loss_of, tokens, targets)
-    for backend in backends:
-        model = gpt.model(device)
-        fastlm.patch(model)
-        steps["fastlm" if backend is None else f"fastlm.{backend}"] = training_step(
-            model, _on_backend(model, backend), tokens, targets
-        )
-    parameters = sum(p.numel() for p in model.parameters())
-    return Row("gpt_step", gpt.name, gpt.size, "f32", "both", steps, work(gpt, parameters))
+    made = builders(gpt, device, baselines, backends)
+    return row_of_steps(gpt, {name: make() for name, make in made.items()})
 
 
 def _on_backend(model: nn.Module, backend: str | None) -> Callable:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ..cli.errors import CommandError
-from .workload import Workload, bytes_of, sides
+from .sides import sides
+from .workload import Workload, bytes_of
 
 # every block of 64 KB or more goes back to the system when it is freed, so that none hides in the peak
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -47,7 +48,8 @@ def _status_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _peak_of(step, device: str) -> float:
+def peak_of(step, device: str) -> float:
+    """Bytes that one call needs in this process beyond what is there and the gradients that it returns."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -72,7 +74,9 @@ def _main(request: str) -> None:
         return made[asked["side"]]
 
     step_at(named.small)()  # threads, libraries and workspaces are there before the measurement
-    print(_peak_of(step_at(asked["size"]), asked["device"]) / 1e6)
+    step = step_at(asked["size"])
+    step()  # draws the cotangent
+    print(peak_of(step, asked["device"]) / 1e6)
 
 
 if __name__ == "__main__":

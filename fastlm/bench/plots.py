@@ -9,8 +9,9 @@ from statistics import median
 import numpy as np
 
 from ..cli.errors import CommandError
-from . import results
+from . import machine, results
 from .measure import is_fastlm
+from .report import peers_in
 
 _BASELINE, _FASTLM, _LOSES = "#b2541f", "#1f5fb2", "#9a9a9a"
 _MARKS = {"f32": "o", "bf16": "s", "f16": "^", "f64": "D"}
@@ -24,6 +25,8 @@ def write(folder: Path, found: dict) -> list[Path]:
     wanted: dict[str, Callable] = {}
     if found["rows"]:
         wanted["bench_ratios.png"] = _ratios
+    if peers_in(found["rows"]):
+        wanted["bench_peers.png"] = _peers
     if _under_the_roof(found):
         wanted["bench_roofline.png"] = _roofline
     wanted |= {
@@ -63,8 +66,9 @@ def _figure(width: float, height: float, columns: int = 1):
 
 def _rows_to_draw(found: dict) -> list[dict]:
     """The rows of one memory mode: reused if that was measured."""
-    modes = {row["memory"] for row in found["rows"]}
-    return [row for row in found["rows"] if row["memory"] == ("on" if "on" in modes else "off")]
+    modes = [row["memory"] for row in found["rows"]]
+    shown = next((mode for mode in ("on", "gpu", "off") if mode in modes), None)
+    return [row for row in found["rows"] if row["memory"] == shown]
 
 
 def _under_the_roof(found: dict) -> list[dict]:
@@ -77,8 +81,7 @@ def _under_the_roof(found: dict) -> list[dict]:
 
 
 def _machine(found: dict) -> str:
-    m = found["machine"]
-    return f"{m['cpu']}, {m['instruction_set']}, {m['threads']} threads, torch {m['torch']}"
+    return machine.summary(found["machine"])
 
 
 def _ratios(found: dict):
@@ -104,6 +107,27 @@ def _ratios(found: dict):
     axes.tick_params(axis="y", labelsize=8)
     axes.set(xlabel="times as fast as the best baseline (named after the stroke); bars of rounds' quartiles")
     axes.set_title(f"fastlm against the best of torch\n{_machine(found)}", fontsize=10)
+    return figure
+
+
+def _peers(found: dict):
+    """Marks: how many times as fast as each baseline, one row a workload."""
+    rows = [row for row in _rows_to_draw(found) if row["ratios"]]
+    figure, (axes,) = _figure(10, 1.6 + 0.27 * len(rows))
+    marks = {"eager": "o", "sdpa": "o", "compile": "s", "flex": "^", "flash_attn": "D", "liger": "v"}
+    for name, mark in marks.items():
+        found_at = [(i, next(iter(row["ratios"].values()))) for i, row in enumerate(rows)]
+        points = [(by[name]["of_medians"], i) for i, by in found_at if name in by]
+        if points:
+            axes.plot(*zip(*points, strict=True), mark, label=name, markersize=6, alpha=0.8)
+    axes.set_yticks(range(len(rows)), [results.title(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#333333", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=8)
+    axes.set(xlabel="times as fast as each baseline")
+    axes.set_title(f"fastlm against each of the others\n{_machine(found)}", fontsize=10)
     return figure
 
 

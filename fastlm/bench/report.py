@@ -4,6 +4,7 @@ from rich.table import Table
 
 from . import results
 from .measure import is_fastlm
+from .peers import PEERS
 
 COLUMNS = ("work", "best baseline", "fastlm", "eager, SDPA", "compile", "rate", "floor")
 LEGEND = (
@@ -11,6 +12,23 @@ LEGEND = (
     " and as torch.compile (* the best baseline); floor: the share of the least time, by the ceilings that"
     " were measured in the same rounds."
 )
+
+
+TITLES = {
+    "on": "memory reused (fastlm.cpu.reuse_memory)",
+    "off": "torch's default allocation",
+    "gpu": "on the GPU",
+}
+
+
+def failure_lines(found: dict) -> list[str]:
+    """What failed, and what was left out for want of time."""
+    lines = [
+        f"Failed: {f['title']}{', ' + f['side'] if f['side'] else ''}: {f['reason']}"
+        for f in found.get("failures", [])
+    ]
+    left = found.get("left_out", [])
+    return lines + [f"Left out for want of time: {len(left)}: {'; '.join(left)}"] * bool(left)
 
 
 def time_of(seconds: float) -> str:
@@ -30,8 +48,19 @@ def rate_of(work: dict | None, floor: dict | None, seconds: float) -> str:
     return f"{work['bytes'] / seconds / 1e9:.1f} GB/s"
 
 
-def cells(row: dict) -> list[list[str]]:
-    """A row's cells, in COLUMNS' order: one list per fastlm backend that was measured."""
+def peers_in(rows: list[dict]) -> list[str]:
+    """The baselines beside torch's own that any row has, in one order."""
+    return [name for name in PEERS if any(name in row["sides"] for row in rows)]
+
+
+def columns(rows: list[dict]) -> list[str]:
+    """COLUMNS, and one more for each peer, after torch.compile's."""
+    after = COLUMNS.index("compile") + 1
+    return [*COLUMNS[:after], *peers_in(rows), *COLUMNS[after:]]
+
+
+def cells(row: dict, peers: list[str] | tuple = ()) -> list[list[str]]:
+    """A row's cells, in the order of `columns`: one list per fastlm backend that was measured."""
     best = row["best_baseline"]
     told = f"{time_of(row['sides'][best]['median_s'])} {best}" if best else "–"
     found = []
@@ -48,6 +77,7 @@ def cells(row: dict) -> list[list[str]]:
                 f"{time_of(median)} ±{(high - low) / 2 / median:.0%}",
                 next((marked[b] for b in ("eager", "sdpa") if b in marked), "–"),
                 marked.get("compile", "–"),
+                *(marked.get(peer, "–") for peer in peers),
                 rate_of(row["work"], row["floor"], median),
                 "–" if share is None else f"{share:.2f} {row['floor']['of']}",
             ]
@@ -57,14 +87,13 @@ def cells(row: dict) -> list[list[str]]:
 
 def table(rows: list[dict], memory: str) -> Table:
     """The rows of one memory mode for the terminal."""
-    title = {"on": "memory reused (fastlm.cpu.reuse_memory)", "off": "torch's default allocation"}[memory]
-    made = Table(title=title, title_justify="left")
-    for column in COLUMNS:
+    made = Table(title=TITLES[memory], title_justify="left")
+    rows = [row for row in rows if row["memory"] == memory]
+    for column in columns(rows):
         made.add_column(column, justify="left" if column == "work" else "right", overflow="fold")
     for row in rows:
-        if row["memory"] == memory:
-            for line in cells(row):
-                made.add_row(*line)
+        for line in cells(row, peers_in(rows)):
+            made.add_row(*line)
     return made
 
 
@@ -81,7 +110,7 @@ def peaks_table(rows: list[dict]) -> Table | None:
 def stress_lines(rows: list[dict]) -> list[str]:
     """What a confident GPT's step costs beside a fresh one's, per side and memory mode."""
     found = []
-    for memory in ("on", "off"):
+    for memory in TITLES:
         steps = {r["workload"]: r for r in rows if r["op"] == "gpt_step" and r["memory"] == memory}
         if not {"fresh", "confident"} <= set(steps):
             continue

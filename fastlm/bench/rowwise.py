@@ -109,6 +109,7 @@ WORKLOADS = [
         _eager(_layer_norm),
         tensors("x", (2, 3), (8, 14)),
         dtypes=BOTH_DTYPES,
+        gpu=(16384, 4096),
     ),
     Workload(
         "layer_norm",
@@ -121,6 +122,7 @@ WORKLOADS = [
         pick=lambda output, arguments: output.y,
         dtypes=BOTH_DTYPES,
         options={"dropout_p": 0.1},
+        gpu=(16384, 4096),
     ),
     Workload(
         "layer_norm",
@@ -141,6 +143,7 @@ WORKLOADS = [
         _eager(_rms_norm),
         tensors("x", (2, 3), (5, 10)),
         dtypes=BOTH_DTYPES,
+        gpu=(16384, 4096),
     ),
     Workload(
         "dropout_add",
@@ -152,6 +155,7 @@ WORKLOADS = [
         tensors("x", (3, 2), (3, 2)),
         dtypes=BOTH_DTYPES,
         options={"dropout_p": 0.1},
+        gpu=(16384, 4096),
     ),
     Workload(
         "bias_act",
@@ -163,6 +167,7 @@ WORKLOADS = [
         tensors("x", (2, 3), (9, 17)),
         dtypes=BOTH_DTYPES,
         options={"activation": "gelu_tanh"},
+        gpu=(8192, 8192),
     ),
     Workload(
         "softmax",
@@ -174,6 +179,7 @@ WORKLOADS = [
         tensors("x", (1.5, 2), (3, 3)),  # of x, y and dy only the lower triangle need be read
         dtypes=BOTH_DTYPES,
         options={"scale": 0.125, "causal": True},
+        gpu=(2, 16, 2048, 2048),
     ),
     Workload(
         "rope",
@@ -184,6 +190,7 @@ WORKLOADS = [
         _eager(_rope),
         tensors("x", (2, 2), (3, 3)),
         dtypes=BOTH_DTYPES,
+        gpu=(4, 32, 4096, 128),
     ),
     Workload(
         "glu",
@@ -194,6 +201,7 @@ WORKLOADS = [
         _eager(_swiglu),
         tensors("gate", (3, 5), (5, 11)),
         dtypes=BOTH_DTYPES,
+        gpu=(8192, 14336),
     ),
     Workload(
         "cross_entropy",
@@ -204,5 +212,6 @@ WORKLOADS = [
         _eager(_cross_entropy),
         tensors("logits", (1, 2), (4, 4)),
         dtypes=BOTH_DTYPES,
+        gpu=(2048, 128256),
     ),
 ]

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import cpu
 from ..cli.errors import CommandError
-from . import machine, plan, results
+from . import machine, plan, registry, results
+from .journal import Journal, note
 from .options import Options, check
+from .trial import check_device_lives, reason_of
 
 
-def run(options: Options, console: Console) -> dict:
+def run(options: Options, console: Console, journal: Journal | None = None) -> dict:
     """Measures what was asked for, with progress on the console, and returns a results file's content.
 
+    What fails is noted there, and the rest goes on. journal: where the results so far are kept meanwhile.
     Raises: CommandError where it cannot go on.
     """
     check(options)
@@ -27,20 +32,52 @@ def run(options: Options, console: Console) -> dict:
         return _both(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = results.empty(machine.facts(options.device), asdict(options))
+    journal, begin = journal or Journal(), time.monotonic()
+    found = journal.begun(results.empty(machine.facts(options.device), asdict(options)), options.resume)
     planned = [(part, plan.JOBS[part](options, found)) for part in options.parts]  # complains before it lasts
-    if options.memory == "on":
+    if options.memory_mode == "on":
         _reuse_memory()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for part, jobs in planned:
             task = progress.add_task(part, total=len(jobs))
             for title, job in jobs:
-                progress.update(task, description=f"{title} ({options.memory})")
-                job()
+                progress.update(task, description=f"{title} ({options.memory_mode})")
+                if options.limit_s is not None and time.monotonic() - begin >= options.limit_s:
+                    found.setdefault("left_out", []).append(title)
+                elif title not in found["done"]:
+                    _do(title, job, found, journal, options.device)
                 progress.advance(task)
             progress.remove_task(task)
+    del found["done"]
+    found["rows"].sort(key=_place)
     return found
+
+
+def _do(title: str, job: Callable[[], None], found: dict, journal: Journal, device: str) -> None:
+    """One job between two entries of the journal; an error is noted, and is the end of this job only."""
+    found["running"] = title
+    journal.save(found)
+    try:
+        job()
+        found["done"].append(title)
+    except KeyboardInterrupt:
+        del found["running"]  # to be done again by --resume
+        journal.save(found)
+        raise
+    except CommandError:
+        raise
+    except Exception as error:
+        note(found, title, None, reason_of(error))
+        check_device_lives(device, reason_of(error))
+    del found["running"]
+    journal.save(found)
+
+
+def _place(row: dict) -> int:
+    """Where the row's op stands in the table: models last."""
+    ops = list(dict.fromkeys(w.op for w in registry.WORKLOADS))
+    return ops.index(row["op"]) if row["op"] in ops else len(ops)
 
 
 def _reuse_memory() -> None:

@@ -10,7 +10,8 @@ import fastlm
 from .clock import clock_of, interleaved
 from .measure import ratio, summary
 from .registry import WORKLOADS
-from .workload import Workload, sides
+from .sides import sides
+from .workload import Workload
 
 LIMIT_S, _SAMPLE_S = 1.5, 0.003  # of one point's rounds, and of one sample
 _ROWS = ((1, 64), (16, 256), (64, 768), (512, 768), (4096, 768), (4096, 4096))

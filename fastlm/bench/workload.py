@@ -1,15 +1,12 @@
 """A workload: an op at one size, beside what its users would write without fastlm."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import cycle
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..testing.cases import Draw, cases_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
@@ -58,7 +55,8 @@ class Workload:
     inputs: (draw, *size) -> the public function's arguments, and `options` more. small: a size for tests.
     baselines: "eager" or "sdpa" -> what fastlm is compared with. work: (arguments, direction) -> Work, or
     None where a floor says nothing. pick: (the op's output, arguments) -> the tensor that counts. sets: how
-    many sets of inputs take turns, so that no cache holds them. peak: peak memory is measured too.
+    many sets of inputs take turns, so that no cache holds them. peak: peak memory is measured too. gpu: the
+    size on a GPU, which the CPU's would not fill.
     """
 
     op: str
@@ -74,6 +72,7 @@ class Workload:
     sets: int = 1
     peak: bool = False
     options: dict = field(default_factory=dict)
+    gpu: tuple[int, ...] | None = None
 
     @property
     def title(self) -> str:
@@ -86,66 +85,17 @@ class Workload:
         """The names of the arguments that have a gradient."""
         return cases_of(self.op)[1]
 
+    def on(self, device: str) -> "Workload":
+        """The workload at the size and in the dtypes that it is measured with on a device."""
+        if torch.device(device).type != "cuda":
+            return self
+        return replace(self, size=self.gpu or self.size, dtypes=("bf16",))
+
     def arguments(self, dtype: str, device: str = "cpu", seed: int = 0) -> dict:
-        """The public function's arguments at this size, the same for the same seed."""
-        made = self.inputs(Draw(seed, DTYPES[dtype]), *self.size)
-        return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in (made | self.options).items()}
-
-
-def sides(
-    workload: Workload, dtype: str, direction: str, device: str, baselines, backends
-) -> dict[str, Step]:
-    """Name -> step of everything to be timed in turn: the baselines asked for, then fastlm per backend.
-
-    baselines: of "eager", "sdpa", "compile"; what the workload has not is left out. backends: names, or None
-    for automatic choice.
-    """
-    sets = [workload.arguments(dtype, device, seed) for seed in range(workload.sets)]
-    found = {}
-    for name, baseline in workload.baselines.items():
-        if name in baselines:
-            found[name] = _in_turn(workload, baseline, sets, direction)
-        if name == "eager" and "compile" in baselines:
-            compiled = Baseline(torch.compile(baseline.call, dynamic=False), baseline.given)
-            found["compile"] = _in_turn(workload, compiled, sets, direction)
-    for backend in backends:
-        ours = Baseline(partial(_picked, getattr(ops, workload.op), workload.pick, backend=backend))
-        found["fastlm" if backend is None else f"fastlm.{backend}"] = _in_turn(
-            workload, ours, sets, direction
-        )
-    return found
-
-
-def _picked(function: Callable, pick: Callable, backend: str | None, **arguments):
-    return pick(function(**arguments, backend=backend), arguments)
-
-
-def _in_turn(workload: Workload, side: Baseline, sets: list[dict], direction: str) -> Step:
-    """One step that takes the next set of inputs at every call."""
-    steps = [_step(side, arguments, workload.differentiable, direction) for arguments in sets]
-    if len(steps) == 1:
-        return steps[0]
-    turns: Iterator[Step] = cycle(steps)
-    return lambda: next(turns)()
-
-
-def _step(side: Baseline, arguments: dict, differentiable: tuple[str, ...], direction: str) -> Step:
-    given = {n: t.detach() if isinstance(t, Tensor) else t for n, t in side.given(arguments).items()}
-    call = partial(side.call, **given)
-    if direction == "forward":
-        return lambda: (call(),)
-    leaves = [t.requires_grad_() for n, t in given.items() if n in differentiable and isinstance(t, Tensor)]
-    with torch.no_grad():
-        out = side.unform(arguments, call())
-    # the same cotangent for every side, so that their gradients can be compared
-    dout = Draw(1, out.dtype).normal(*out.shape).to(out.device) if out.dim() else None
-    dout = None if dout is None else side.form(arguments, dout)
-
-    def both() -> tuple:
-        result = call()
-        return (result, *torch.autograd.grad(result, leaves, dout))
-
-    return both
+        """The public function's arguments at this size, the same for the same seed, drawn on the device."""
+        with torch.device(device):
+            made = self.inputs(Draw(seed, DTYPES[dtype], device), *self.size)
+        return made | self.options
 
 
 def bytes_of(t: Tensor) -> int:

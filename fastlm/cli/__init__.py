@@ -1,4 +1,4 @@
-"""The command line: fastlm doctor, demo."""
+"""The command line: fastlm doctor, demo, bench, tune."""
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import fastlm
 
 from .bench import bench
 from .errors import one_line_errors
+from .tune import tune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -69,3 +70,4 @@ def demo(
 
 
 app.command()(bench)
+app.command()(tune)

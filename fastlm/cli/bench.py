@@ -28,6 +28,9 @@ Memory = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; by default torch's number.")]
 Device = Annotated[str, typer.Option(help="A torch device.")]
+Limit = Annotated[
+    float | None, typer.Option(help="Seconds after which nothing new is begun; every op's first come first.")
+]
 Rounds = Annotated[int, typer.Option(help="Rounds of each side, taken in turn.")]
 
 
@@ -36,7 +39,9 @@ def bench(
     workload: Part = "",
     model: _many("Only this model: gpt2, gpt2_dropout, stress") = None,
     backend: _many("fastlm's backend; by default what it chooses") = None,
-    baseline: _many("eager, sdpa, compile; by default eager and sdpa") = None,
+    baseline: _many(
+        "eager, sdpa, compile, and on a GPU flex, flash_attn, liger; by default eager and sdpa, on a GPU all"
+    ) = None,
     dtype: _many("f32, bf16, f16, f64; by default each workload's own") = None,
     direction: _many("forward, or both: forward + backward") = None,
     device: Device = "cpu",
@@ -48,6 +53,8 @@ def bench(
     growth: _flag("--growth", "Time and memory over sequence length, vocabulary and threads.") = False,
     everything: _flag("--all", "Table, sweep and growth, every baseline, both memory modes.") = False,
     quick: _flag("--quick", "3 rounds, a small sweep, short curves.") = False,
+    limit: Limit = None,
+    resume: _flag("--resume", "Go on where an earlier run with --json and these options ended.") = False,
     json: _path(
         "--json", "Write the results to this file, or under a name of their own into this folder."
     ) = None,
@@ -60,13 +67,15 @@ def bench(
     """Time fastlm against torch, in turn in one process, beside this machine's measured ceilings."""
     with one_line_errors("bench"):
         from ..bench import job
-        from ..bench.options import BASELINES, Options
+        from ..bench.options import TORCH, Options, default_baselines
 
         if listed:
             print("\n".join(job.titles()))
             return
         parts = [name for name, wanted in (("sweep", sweep), ("growth", growth)) if wanted] or ["table"]
-        baselines = list(BASELINES) if everything else baseline or ["eager", "sdpa"]
+        default = default_baselines(device)
+        baselines = list(dict.fromkeys([*TORCH, *default])) if everything else baseline or default
+        whole = "both" if everything and not device.startswith("cuda") else memory
         options = Options(
             *(
                 op or [],
@@ -79,14 +88,14 @@ def bench(
                 device,
             ),
             3 if quick else rounds,
-            "both" if everything else memory,
+            whole,
             threads,
             ["table", "sweep", "growth"] if everything else parts,
             cases,
             quick,
+            limit_s=limit,
+            resume=resume,
         )
-        job.bench(
-            options,
-            job.Outputs(json, source, plot, compare, docs),
-            Console(width=None if sys.stdout.isatty() else 120),
-        )
+        outputs = job.Outputs(json, source, plot, compare, docs)
+        if not job.bench(options, outputs, Console(width=None if sys.stdout.isatty() else 120)):
+            raise typer.Exit(1)

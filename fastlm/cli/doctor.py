@@ -13,10 +13,10 @@ from rich.table import Table
 
 import fastlm
 
-from .. import _load, cpu, ops
+from .. import _load, _tuned, cpu, ops
 from .._op import BACKENDS, OPS
 from ..testing.cases import SEEDS, Case, Draw, cases_of
-from ..testing.compare import verdicts
+from ..testing.compare import device_of, moved, verdicts
 from . import doctor_memory
 
 LIMIT_S = 10.0  # of the self-test: checks that do not fit are counted as not done
@@ -35,6 +35,7 @@ def examine(limit_s: float = LIMIT_S) -> dict:
         "compilers": {"g++": _first_line("g++", "--version"), "nvcc": _last_line("nvcc", "--version")},
         "cuda": _cuda(),
         "triton": _triton(),
+        "tuned": _tuned.state(),
         "instruction_set": cpu.instruction_set(),
         "threads": cpu.threads(),
         "reuse_memory": {"here": cpu.memory_statistics()._asdict(), "measured": doctor_memory.gain()},
@@ -46,7 +47,7 @@ def examine(limit_s: float = LIMIT_S) -> dict:
 
 def why_not(op: str, backend: str) -> str | None:
     """None if `backend` can run the op's first case where it lives, else the reason."""
-    inputs = cases_of(op)[0][0].inputs(Draw(0, torch.float32))
+    inputs = moved(cases_of(op)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
     return fastlm.explain(op, **inputs).reasons[backend]
 
 
@@ -78,7 +79,7 @@ def _planned() -> list[tuple]:
 
 
 def _broken(op: str, backend: str, case: Case, dtype: torch.dtype) -> list[str]:
-    draws = [case.inputs(Draw(seed, dtype)) for seed in SEEDS]
+    draws = [moved(case.inputs(Draw(seed, dtype)), device_of(backend)) for seed in SEEDS]
     try:
         if fastlm.explain(op, **draws[0]).reasons[backend] is not None:
             return []  # a refusal is no failure: the reference runs it
@@ -140,12 +141,24 @@ def _machine_table(found: dict) -> Table:
     table = Table(show_header=False, box=None)
     for key in ("fastlm", "python", "machine", "torch", "cuda", "triton", "instruction_set", "threads"):
         table.add_row(key.replace("_", " "), str(found[key] or "none"))
+    table.add_row("tuned", _tuned_words(found["tuned"]))
     table.add_row("reuse_memory()", _reuse_words(**found["reuse_memory"]))
     for key, value in found["compilers"].items():
         table.add_row(key, value or "none")
     for key, value in found["libraries"].items():
         table.add_row(f"{key} kernels", value)
     return table
+
+
+def _tuned_words(tuned: dict | None) -> str:
+    """What `fastlm tune` found on this GPU, and why it is not used if it is not."""
+    if tuned is None:
+        return "no GPU with Triton kernels"
+    if tuned["ignored"] is not None:
+        return f"ignored: {tuned['ignored']}"
+    if not tuned["configurations"]:
+        return "nothing; fastlm tune finds the fastest configurations for this GPU"
+    return f"{tuned['configurations']} configurations, in {tuned['file']}"
 
 
 def _reuse_words(here: dict, measured: dict) -> str:

@@ -88,6 +88,24 @@ def judge(name: str, got: Tensor, low: Tensor, ref: Tensor) -> Verdict:
     return Verdict(name, (g - r).abs().max().item(), allowed.item())
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's cases run: on the GPU if it is made for one and there is one, else on the CPU."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def moved(inputs: dict, device: str) -> dict:
+    """The inputs on a device, with strides, gaps and offsets as they were; what was one tensor is one."""
+    if device == "cpu":
+        return inputs
+    copies: dict[int, Tensor] = {}
+    for value in inputs.values():
+        if isinstance(value, Tensor) and id(value) not in copies:
+            whole = value.new_empty(0).set_(value.untyped_storage())
+            copy = whole.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+            copies[id(value)] = copy
+    return {name: copies.get(id(value), value) for name, value in inputs.items()}
+
+
 def leaves(inputs: dict, differentiable: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
     """Inputs as fresh leaves: floating tensors in `dtype` (None keeps theirs and their strides)."""
     made = {}

@@ -15,22 +15,25 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Draw:
-    """Random tensors of one dtype from one seed."""
+    """Random tensors of one dtype from one seed, drawn on one device: another device's numbers are others."""
 
-    def __init__(self, seed: int, dtype: torch.dtype):
-        self.dtype, self._generator = dtype, torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, dtype: torch.dtype, device: str = "cpu"):
+        self.dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers of standard deviation `scale`."""
-        return (torch.randn(shape, generator=self._generator) * scale).to(dtype or self.dtype)
+        drawn = torch.randn(shape, generator=self._generator, device=self._device)
+        return (drawn * scale).to(dtype or self.dtype)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Integers in [low, high)."""
-        return torch.randint(low, high, shape, generator=self._generator, dtype=dtype)
+        drawn_by = {"generator": self._generator, "device": self._device}
+        return torch.randint(low, high, shape, dtype=dtype, **drawn_by)
 
     def booleans(self, *shape: int, p: float = 0.5) -> Tensor:
         """True with probability p."""
-        return torch.rand(shape, generator=self._generator) < p
+        return torch.rand(shape, generator=self._generator, device=self._device) < p
 
     def slice_of(self, shape: tuple[int, ...], start: int, size: int) -> Tensor:
         """Normal numbers as a slice of a wider tensor's last axis: a packed projection's part."""
