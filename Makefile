@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: setup demo test test-slow bench lint format sanitize clean
+.PHONY: setup demo test test-slow test-gpu-model bench lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -29,10 +29,14 @@ demo: setup
 	@$(VENV)/bin/fastlm demo $(ARGS)
 
 test: setup
-	@$(PYTHON) -m pytest -n 2 -m "not slow" $(ARGS)
+	@$(PYTHON) -m pytest -n 2 -m "not slow and not gpu_model" $(ARGS)
 
 test-slow: setup
 	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
+
+# Every case of every GPU kernel on every simulated architecture.
+test-gpu-model: setup
+	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
 
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup
