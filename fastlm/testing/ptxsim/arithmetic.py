@@ -136,12 +136,15 @@ def leading_zeros(a):
 
 
 def to_integer(x, dtype, rounding):
-    """cvt from floating point: rounded, clamped to the type, NaN to 0."""
+    """cvt from floating point: rounded, clamped to the type; NaN to 0, if 64 bits wide to the upper bit."""
     bounds = np.iinfo(dtype)
+    wide = x.dtype == F8 or bounds.bits == 64
+    nan = np.array([1 << bounds.bits - 1 if wide else 0], f"u{bounds.bits // 8}").view(dtype)
     rounded = rounding(x.astype(F8))
     inside = np.clip(np.nan_to_num(rounded, nan=0.0), float(bounds.min), float(bounds.max))
     whole = np.where(inside >= float(bounds.max), 0, inside).astype(dtype)
-    return np.where(inside >= float(bounds.max), dtype(bounds.max), whole)
+    whole = np.where(inside >= float(bounds.max), dtype(bounds.max), whole)
+    return np.where(np.isnan(x), nan, whole)
 
 
 def away(x):
@@ -167,14 +170,21 @@ def to_tf32(x):
     return np.where(np.isfinite(x), bits + U4(0x1000) & U4(0xFFFFE000), bits)
 
 
-def maximum(a, b):
-    """max: of NaN and a number the number; +0 is above -0."""
-    return np.where((a == b) & (a == 0), np.where(np.signbit(a), b, a), np.fmax(a, b))
+def maximum(a, b, larger=np.fmax):
+    """max: of NaN and a number the number (with np.maximum NaN); +0 is above -0."""
+    return np.where((a == b) & (a == 0), np.where(np.signbit(a), b, a), larger(a, b))
 
 
-def minimum(a, b):
-    """min: of NaN and a number the number; -0 is below +0."""
-    return np.where((a == b) & (a == 0), np.where(np.signbit(a), a, b), np.fmin(a, b))
+def minimum(a, b, smaller=np.fmin):
+    """min: of NaN and a number the number (with np.minimum NaN); -0 is below +0."""
+    return np.where((a == b) & (a == 0), np.where(np.signbit(a), a, b), smaller(a, b))
+
+
+def joint_sign(function, a, b):
+    """max.xorsign.abs and min.xorsign.abs: of the magnitudes, with the signs' product; NaN only of two."""
+    negative = np.signbit(a) ^ np.signbit(b)
+    chosen = function(np.abs(a), np.abs(b))
+    return np.where(negative, -chosen, chosen)
 
 
 def halves(a):

@@ -113,9 +113,13 @@ def _floats() -> None:
         "in_half_pairs(lambda a, b, c: (a.astype(F8) * b + c).astype(F2), {0}, {1}, {2})",
     )
     _add("fma.rn.bf16", "u2", "u2 u2 u2", "to_bf16(fma(from_bf16({0}), from_bf16({1}), from_bf16({2})))")
-    for name, nan in (("max", "np.maximum"), ("min", "np.minimum")):
+    _add("fma.rn.f16", "f2", "f2 f2 f2", "({0}.astype(F8) * {1} + {2}).astype(F2)")
+    for name in ("max", "min"):
         _flushing(f"{name}.f32", "f4", "f4 f4", f"{name}imum({{0}}, {{1}})")
-        _flushing(f"{name}.NaN.f32", "f4", "f4 f4", f"{nan}({{0}}, {{1}})")
+        nan = f"{name}imum({{0}}, {{1}}, np.{name}imum)"
+        _add(f"{name}.NaN.f32", "f4", "f4 f4", nan)
+        _add(f"{name}.ftz.NaN.f32", "f4", "f4 f4", nan.format("flush({0})", "flush({1})"))
+        _add(f"{name}.xorsign.abs.f32", "f4", "f4 f4", f"joint_sign({name}imum, {{0}}, {{1}})")
     for name, function in (("abs", "np.abs({0})"), ("neg", "-{0}")):
         _flushing(f"{name}.f32", "f4", "f4", function)
         _add(f"{name}.f64", "f8", "f8", function)
@@ -139,10 +143,11 @@ def _comparisons() -> None:
     compared = [(k, t) for k, t in (*_INTEGERS.items(), *_BITS.items())]
     for relation, sign in _RELATIONS.items():
         for kind, t in compared:
-            _compare(relation, kind, t, f"({{0}} {sign} {{1}})")
-        for name, unsigned in (("lo", "<"), ("ls", "<="), ("hi", ">"), ("hs", ">=")):
-            for kind in ("u32", "u64"):
-                _compare(name, kind, _INTEGERS[kind], f"({{0}} {unsigned} {{1}})")
+            if kind[0] != "b" or relation in ("eq", "ne"):
+                _compare(relation, kind, t, f"({{0}} {sign} {{1}})")
+    for name, sign in (("lo", "<"), ("ls", "<="), ("hi", ">"), ("hs", ">=")):
+        for kind in ("u16", "u32", "u64"):
+            _compare(name, kind, _INTEGERS[kind], f"({{0}} {sign} {{1}})")
     for kind, t, widen in (
         ("f32", "f4", "{}"),
         ("f64", "f8", "{}"),
@@ -195,7 +200,8 @@ def _conversions() -> None:
             for rounding, function in _ROUND.items():
                 integer = f"to_integer({{0}}, {t.upper()}, {function})"
                 _add(f"cvt.{rounding}.{kind}.{to}", t, f, integer)
-                _add(f"cvt.{rounding}.ftz.{kind}.{to}", t, f, integer.replace("{0}", "flush({0})"))
+                if to == "f32":
+                    _add(f"cvt.{rounding}.ftz.{kind}.{to}", t, f, integer.replace("{0}", "flush({0})"))
     for rounding, function in _ROUND.items():
         _add(f"cvt.{rounding}.f32.f32", "f4", "f4", f"{function}({{0}})")
         _add(f"cvt.{rounding}.ftz.f32.f32", "f4", "f4", f"{function}(flush({{0}}))")
@@ -219,8 +225,12 @@ for _table in (_integers, _logic, _floats, _comparisons, _moves, _conversions):
 THREE = {  # sm_100 and up: the same name with three operands
     "max.f32": Form(("f4",), ("f4", "f4", "f4"), "maximum(maximum({0}, {1}), {2})"),
     "min.f32": Form(("f4",), ("f4", "f4", "f4"), "minimum(minimum({0}, {1}), {2})"),
-    "max.NaN.f32": Form(("f4",), ("f4", "f4", "f4"), "np.maximum(np.maximum({0}, {1}), {2})"),
-    "min.NaN.f32": Form(("f4",), ("f4", "f4", "f4"), "np.minimum(np.minimum({0}, {1}), {2})"),
+    "max.NaN.f32": Form(
+        ("f4",), ("f4", "f4", "f4"), "maximum(maximum({0}, {1}, np.maximum), {2}, np.maximum)"
+    ),
+    "min.NaN.f32": Form(
+        ("f4",), ("f4", "f4", "f4"), "minimum(minimum({0}, {1}, np.minimum), {2}, np.minimum)"
+    ),
 }
 
 
