@@ -22,6 +22,7 @@ _LOAD = re.compile(rf"ld\.(global(?:\.nc)?|shared(?:::cta)?){_CACHE}(?:\.v([248]
 _STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
 _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
+_REDUX = re.compile(r"redux\.sync\.(?=(?:add|min|max)\.[su]|(?:and|or|xor)\.b)(\w+)\.([sub])32$")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?$")
 _NOTHING = ("wgmma.fence.sync.aligned", "createpolicy.fractional.L2::evict_first.b64",
             "createpolicy.fractional.L2::evict_last.b64", "griddepcontrol.launch_dependents")  # fmt: skip
@@ -329,6 +330,11 @@ class _Block:
         if i.opcode == "elect.sync":
             _, flag = i.operands[0].value
             self._write(flag, "p", f"M.elect({site}, {self._read(i.operands[1], 'u4')})")
+            return True
+        if match := _REDUX.match(i.opcode):
+            name, t = match.group(1), f"{'i' if match.group(2) == 's' else 'u'}4"
+            value, members = self._read(i.operands[1], t), self._read(i.operands[2], "u4")
+            self._write(i.operands[0], t, f"M.reduce({site}, {name!r}, {value}, {members})")
             return True
         if i.opcode in ("vote.sync.any.pred", "vote.sync.all.pred", "vote.sync.ballot.b32"):
             kind = i.opcode.split(".")[2]

@@ -11,6 +11,8 @@ from .matrix import Matrix
 from .memory import Allocations, Shared, aligned, raise_finding
 
 _LANES = 1 << 14  # of one batch of blocks: 64 KB a register, so that the busy ones stay in the L2 cache
+_REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum,
+               "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
 _LIMIT = 1 << 22  # basic blocks a launch may run: something waits for ever beyond
 
 
@@ -420,6 +422,14 @@ class Machine:
         else:
             found = flags.any(1) if kind == "any" else flags.all(1)
         return np.repeat(found, 32)
+
+    def reduce(self, site: int, name: str, value, members) -> np.ndarray:
+        """redux.sync among whole warps: every lane receives the sum, the largest, ... of all."""
+        self.together(site)
+        if not (members == 0xFFFFFFFF).all():
+            raise NotImplementedError("ptxsim: redux.sync of some lanes only")
+        value = np.broadcast_to(value, self.lanes.shape).reshape(-1, 32)
+        return np.repeat(_REDUCTIONS[name].reduce(value, 1, value.dtype), 32)
 
     def trap(self, site: int) -> None:
         """trap: an assertion of the kernel failed."""
