@@ -4,7 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+import triton
+import triton.language as tl
 
+from fastlm.testing.ptxsim import device
 from fastlm.testing.ptxsim import tensor_cores as tc
 
 RNG = np.random.default_rng(0)
@@ -361,3 +365,40 @@ def test_every_half_survives_unpacking_and_packing(kind):
     numbers = ~np.isnan(low) & ~np.isnan(high)
     np.testing.assert_array_equal(tc.pack(low, high, kind)[numbers], (halves | halves[::-1] << 16)[numbers])
     assert np.isnan(low).sum() == np.isnan(high).sum() == 2 * (1023 if kind == "f16" else 127)
+
+
+# What Triton compiles uses these layouts, and knows them from elsewhere
+
+
+@triton.jit
+def _matmul(a, b, c, k, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TURNED: tl.constexpr):
+    i, j = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.int32 if a.dtype.element_ty == tl.int8 else tl.float32)
+    for first in range(0, k, DEPTH):
+        p = first + tl.arange(0, DEPTH)
+        left = tl.load(a + i[:, None] * k + p[None, :])
+        if TURNED:
+            right = tl.load(b + j[None, :] * k + p[:, None])
+        else:
+            right = tl.load(b + p[:, None] * (tl.num_programs(0) * COLS) + j[None, :])
+        total = tl.dot(left, right, total, out_dtype=total.dtype)
+    tl.store(c + i[:, None] * (tl.num_programs(0) * COLS) + j[None, :], total)
+
+
+TILES = [(torch.float16, 32, 16), (torch.bfloat16, 128, 64), (torch.float32, 32, 32), (torch.int8, 64, 64)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("dtype", "cols", "depth"), TILES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+def test_tritons_matmul_is_right(arch, dtype, cols, depth, turned):
+    a, b = (
+        torch.randint(-8, 9, (64, 2 * depth)).to(dtype),
+        torch.randint(-8, 9, (2 * depth, 2 * cols)).to(dtype),
+    )
+    c = torch.empty(64, 2 * cols, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    with device(arch):
+        _matmul[(2,)](
+            a, b.T.contiguous() if turned else b, c, 2 * depth, 64, cols, depth, turned, num_stages=2
+        )
+    assert torch.equal(c.double(), a.double() @ b.double())

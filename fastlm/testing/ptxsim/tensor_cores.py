@@ -252,8 +252,7 @@ def wgmma(a: np.ndarray, b: np.ndarray, d: np.ndarray, scale_d: bool | np.ndarra
     Returns the new d, as d.
     """
     groups, n = b.shape[:2]
-    product = _product(a, b).reshape(
-        groups, 4, 2, 8, n // 8, 4, 2
-    )  # group, warp, half, row, block, t, column
+    # warp, half of its rows, row, block of 8 columns, pair, column of the pair
+    product = _product(a, b).reshape(groups, 4, 2, 8, n // 8, 4, 2)
     tiles = product.transpose(4, 2, 6, 0, 1, 3, 5).reshape(n // 4, 2, groups, 128)
     return _accumulate(tiles, d, keep=scale_d if scale_d is True else np.asarray(scale_d).reshape(-1, 1))
