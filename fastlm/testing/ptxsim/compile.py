@@ -5,6 +5,7 @@ unsigned of its width; inside a block it keeps the type that it was last written
 the next instruction reads.
 """
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -404,6 +405,7 @@ def immediate(text: str, t: str) -> np.ndarray:
     return np.array([number & (1 << 8 * int(t[1])) - 1], f"u{t[1]}").view(t)
 
 
+@functools.cache
 def _variable(register: str) -> str:
     return re.sub(r"\W", "_", register.replace("%", "v_").replace("@", "__"))
 

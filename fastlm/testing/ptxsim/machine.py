@@ -146,13 +146,17 @@ class Machine:
         where = f"{self.compiled.program.name}, block {block}, thread {thread}, line {instruction.line}"
         raise_finding(kind, f"{what}; {where}: {instruction.text}")
 
+    def of_all(self, value: np.ndarray) -> np.ndarray:
+        """A number per running thread, of an array that may hold one for all."""
+        return value if value.size == self.lanes.size else np.broadcast_to(value, self.lanes.shape)
+
     # Memory
 
     def _active(self, address, guard):
-        address = np.broadcast_to(address, self.lanes.shape)
+        address = self.of_all(address)
         if guard is None:
             return None, address
-        which = np.flatnonzero(np.broadcast_to(guard, self.lanes.shape))
+        which = np.flatnonzero(self.of_all(guard))
         return which, address[which]
 
     def load(self, site: int, space: str, address, unit: int, count: int, guard, old: tuple) -> tuple:
@@ -269,14 +273,9 @@ class Machine:
         if address.size == 0:
             return
         count = len(values)
-        shape = self.lanes.shape
-        data = np.stack(
-            [
-                np.broadcast_to(v, shape) if which is None else np.broadcast_to(v, shape)[which]
-                for v in values
-            ],
-            1,
-        )
+        data = np.empty((address.size, count), values[0].dtype)
+        for n, value in enumerate(values):
+            data[:, n] = value if which is None or value.size == 1 else value[which]
         if space == "shared":
             self.write_shared(site, address, unit, data, which)
             return
@@ -303,7 +302,7 @@ class Machine:
         which, to = self._active(to, guard)
         if to.size == 0:
             return
-        source = np.broadcast_to(source, self.lanes.shape)
+        source = self.of_all(source)
         source = source if which is None else source[which]
         data = np.zeros((to.size, size), np.uint8)
         given = np.broadcast_to(size if given is None else given, self.lanes.shape)
@@ -386,8 +385,8 @@ class Machine:
         if not (members == 0xFFFFFFFF).all():
             raise NotImplementedError("ptxsim: shfl.sync of some lanes only")
         shape = (-1, 32)
-        value = np.broadcast_to(value, self.lanes.shape).reshape(shape)
-        b = np.broadcast_to(lane, self.lanes.shape).reshape(shape).astype(np.int64) & 31
+        value = self.of_all(value).reshape(shape)
+        b = self.of_all(lane).reshape(shape).astype(np.int64) & 31
         c = int(clamp[0])
         segment, bound = c >> 8 & 31, c & 31
         own = np.arange(32)
@@ -416,7 +415,7 @@ class Machine:
     def vote(self, site: int, kind: str, predicate) -> np.ndarray:
         """vote.sync among whole warps."""
         self.together(site)
-        flags = np.broadcast_to(predicate, self.lanes.shape).reshape(-1, 32)
+        flags = self.of_all(predicate).reshape(-1, 32)
         if kind == "ballot":
             found = (flags.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
         else:
@@ -428,7 +427,7 @@ class Machine:
         self.together(site)
         if not (members == 0xFFFFFFFF).all():
             raise NotImplementedError("ptxsim: redux.sync of some lanes only")
-        value = np.broadcast_to(value, self.lanes.shape).reshape(-1, 32)
+        value = self.of_all(value).reshape(-1, 32)
         return np.repeat(_REDUCTIONS[name].reduce(value, 1, value.dtype), 32)
 
     def trap(self, site: int) -> None:

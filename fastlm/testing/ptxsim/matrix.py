@@ -45,8 +45,10 @@ class Matrix:
         self._groups = 0
 
     def _registers(self, values) -> np.ndarray:
-        lanes = self._machine.lanes.size
-        return np.stack([np.broadcast_to(v, (lanes,)) for v in values]).reshape(len(values), -1, 32)
+        filled = np.empty((len(values), self._machine.lanes.size), np.uint32)
+        for n, value in enumerate(values):  # three times as fast as np.stack of np.broadcast_to
+            filled[n] = value
+        return filled.reshape(len(values), -1, 32)
 
     def mma(self, site, a, b, c, shape, kind, total, satfinite) -> list[np.ndarray]:
         """mma.sync: registers of a, b, c -> those of d."""
@@ -60,7 +62,7 @@ class Matrix:
         """ldmatrix: each matrix's rows are read by the lanes that hold their addresses."""
         machine = self._machine
         machine.together(site)
-        lanes = np.broadcast_to(address, machine.lanes.shape).reshape(-1, 32)
+        lanes = machine.of_all(address).reshape(-1, 32)
         rows = tensor_cores.ldmatrix_rows(lanes, count)
         which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
         words = machine.read_shared(site, rows.reshape(-1), 8, 2, which)
@@ -73,7 +75,7 @@ class Matrix:
         machine = self._machine
         machine.together(site)
         rows = tensor_cores.stmatrix_rows(self._registers(values), trans)
-        lanes = np.broadcast_to(address, machine.lanes.shape).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        lanes = machine.of_all(address).reshape(-1, 32)[:, : 8 * count].reshape(-1)
         which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
         words = np.ascontiguousarray(rows).view(np.uint64).reshape(-1, 2)
         machine.write_shared(site, lanes, 8, words, which)
@@ -90,14 +92,14 @@ class Matrix:
             machine.fail("divergence", site, 0, "warps of this warpgroup are elsewhere")
         cells: list[np.ndarray] = []
         if len(a) == 4:
-            words = np.stack([np.broadcast_to(r, machine.lanes.shape) for r in a]).reshape(4, -1, 128)
+            words = self._registers(a).reshape(4, -1, 128)
             left = tensor_cores.wgmma_a_fragment(words, kind)
         else:
             left = self._operand(site, a[0], 64, k, kind, transposed[0], cells)
         right = self._operand(site, b, n, k, kind, transposed[1], cells)
         numbers = {"f32": np.float32, "s32": np.int32, "f16": np.uint32}[total]
-        old = np.stack([np.broadcast_to(r, machine.lanes.shape) for r in d]).reshape(len(d), -1, 128)
-        keep = np.broadcast_to(scale_d, machine.lanes.shape)[::128]
+        old = self._registers(d).reshape(len(d), -1, 128)
+        keep = machine.of_all(scale_d)[::128]
         new = tensor_cores.wgmma(left * signs[0], right * signs[1], old.view(numbers), keep)
         self.running.append([None, names, cells])
         return list(np.ascontiguousarray(new).view(np.uint32).reshape(len(d), -1))
@@ -105,7 +107,7 @@ class Matrix:
     def _operand(self, site, descriptor, rows, k, kind, transposed, cells) -> np.ndarray:
         machine = self._machine
         bits = tensor_cores.KINDS[kind].bits
-        words = np.broadcast_to(descriptor, machine.lanes.shape)[::128]
+        words = machine.of_all(descriptor)[::128]
         address = tensor_cores.wgmma_operand(words, rows, k, bits.itemsize, transposed)
         groups = np.repeat(np.arange(0, machine.lanes.size, 128), rows * k)
         flat, touched = machine.read_by_proxy(site, address.reshape(-1), bits.itemsize, groups)

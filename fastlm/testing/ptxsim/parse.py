@@ -4,6 +4,7 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, chapte
 """
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -138,6 +139,8 @@ class _Body:
         self.declarations = ""
         self._scopes: list[dict[str, str]] = [{}]
         self._count = 0
+        self._lines = [m.start() for m in re.finditer("\n", text)]
+        self._seen: dict[str, Operand] = {}  # operands outside inner scopes
         skip = re.compile(r"\s*")
         while (at := skip.match(text, at).end()) < end:
             at = self._statement(text, at, end)
@@ -154,7 +157,7 @@ class _Body:
             self.items.append(label.group(1))
             return label.end()
         stop = text.index(";", at)
-        self._line(text[at:stop].strip(), text.count("\n", 0, at) + 1)
+        self._line(text[at:stop].strip(), bisect_right(self._lines, at) + 1)
         return stop + 1
 
     def _line(self, statement: str, line: int) -> None:
@@ -188,6 +191,13 @@ class _Body:
         return next((s[name] for s in reversed(self._scopes) if name in s), None)
 
     def _operand(self, text: str) -> Operand:
+        if len(self._scopes) > 1:
+            return self._parsed(text)
+        if text not in self._seen:
+            self._seen[text] = self._parsed(text)
+        return self._seen[text]
+
+    def _parsed(self, text: str) -> Operand:
         if text[0] == "{":
             return Operand("vector", [self._operand(o) for o in _split(text[1:-1])])
         if text[0] == "[":
