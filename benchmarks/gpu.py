@@ -2,8 +2,8 @@
 
 Finds a Python whose torch sees the GPU (the one given, .venv's, or python3's), builds fastlm for it, runs all
 tests (those of Triton's kernels run on the GPU), then `fastlm bench --device cuda`. A step that fails or
-lasts too long costs its own results only. Writes benchmarks/results/<gpu>-<date>.json, pictures in a folder of
-that name beside it, and the steps' output in build/gpu. Needs nothing but the standard library to begin.
+lasts too long costs its own results only. Writes benchmarks/results/<gpu>-<date>.json, pictures in a folder
+of that name beside it, and the steps' output in build/gpu. To begin it needs the standard library alone.
 
 Exit status: 0, all passed; 1, something failed, and the rest is written; 2, it could not begin; 3, no GPU.
 """
@@ -129,7 +129,7 @@ class Run:
         return self.deadline - time.monotonic()
 
     def step(self, name: str, command: list[str], limit_s: float) -> int | None:
-        """Runs `python -m command`, output in build/gpu/<name>.log; its status, None if it lasted too long."""
+        """Runs `python -m command`, its output in build/gpu/<name>.log; the status, or None for too long."""
         major, minor = self.facts["capability"]
         environment = os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -187,9 +187,7 @@ def bench(run: Run, file: Path) -> bool:
     """
     asked = ["fastlm", "bench", "--device", "cuda", "--rounds", "5", "--resume", "--json", str(file)]
     asked += ["--plot", str(file.with_suffix(""))]
-    file.with_name(f"{file.name}.part").unlink(
-        missing_ok=True
-    )  # what an earlier make gpu left is not resumed
+    file.with_name(f"{file.name}.part").unlink(missing_ok=True)  # an earlier run is not resumed
     code: int | None = 1
     for _ in range(10):
         limit = max(0.0, run.left - 30)
