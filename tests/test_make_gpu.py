@@ -86,6 +86,7 @@ def test_this_python_is_probed(gpu):
     assert gpu.probe("/no/such/python")["missing"] == "it does not run"
 
 
+@pytest.mark.slow  # pip is installed into an environment
 def test_a_given_python_is_left_as_it_is(gpu):
     made = gpu.overlay(gpu.probe(sys.executable))
     assert made == str(gpu.OVERLAY / "bin" / "python")
