@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: setup demo test test-slow test-gpu-model bench lint format sanitize clean
+.PHONY: setup demo test test-slow test-gpu-model bench gpu lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -41,6 +41,11 @@ test-gpu-model: setup
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup
 	@$(VENV)/bin/fastlm bench --all --json benchmarks/results --plot docs/images --docs docs/benchmarks.md $(ARGS)
+
+# All tests and benchmarks on this machine's NVIDIA GPU, unattended, within ten minutes; results and pictures in
+# benchmarks/results. make gpu PYTHON=python3: with that Python's torch and triton. Without a GPU: status 3.
+gpu:
+	@python3 benchmarks/gpu.py $(if $(filter command,$(origin PYTHON)),--python $(PYTHON)) $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check .

@@ -55,10 +55,10 @@ def test_processes_that_tune_at_once_lose_nothing():
         "import sys; from fastlm import _tuned; from fastlm_triton._config import Config\n"
         "for i in range(20): _tuned.merge('a GPU', {('f', 90, int(sys.argv[1]), i): Config((i + 1,), 4)})"
     )
-    started = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=ROOT) for n in range(3)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    started = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=ROOT) for n in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
     found, reason = _tuned.read("a GPU")
-    assert reason is None and set(found) == {("f", 90, n, i) for n in range(3) for i in range(20)}
+    assert reason is None and set(found) == {("f", 90, n, i) for n in range(2) for i in range(20)}
     assert not [f for f in _tuned.folder().iterdir() if f.name.startswith(".tuned-")]
 
 
