@@ -1,10 +1,11 @@
 """A matrix product whose tiles meet their bias, activation or gradient before they leave the registers.
 
-A program computes one tile of a @ b, [BLOCK_M, BLOCK_N], in float32: blocks of a and b come to shared memory by
-asynchronous copies, a few blocks ahead of the tensor cores. Tiles are walked in bands of GROUP rows of tiles, so
-that a and b are found in L2 (order of Triton's tutorial 03, https://triton-lang.org). With few tiles and a long k,
-`splits` programs share a tile: each writes its own sum, and a second kernel adds them in order.
-Bound by FLOPs: 2 m n k; from memory each block of a comes n / BLOCK_N times and of b m / BLOCK_M times at most.
+A program computes one tile of a @ b, [BLOCK_M, BLOCK_N], in float32: blocks of a and b come to shared memory
+by asynchronous copies, a few blocks ahead of the tensor cores. Tiles are walked in bands of GROUP rows of
+tiles, so that a and b are found in L2. With few tiles and a long k some programs share a tile: each writes
+its own sum, and a second kernel adds them in order. Bound by FLOPs: 2 m n k; from memory each block of a
+comes n / BLOCK_N times, of b m / BLOCK_M times at most. Source of the order of tiles:
+https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html.
 """
 
 import torch
@@ -79,15 +80,15 @@ def finish(
 
 @triton.jit(do_not_specialize=["threshold"])
 def matmul_kernel(
-    a, b, out, bias, z, act, sums, m, n, k, k_each, a_row, a_col, b_row, b_col, seed, threshold: tl.uint32, scale,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a, b, out, bias, z, act, sums, m, n, k, k_each, a_row, a_col, b_row, b_col, seed, threshold: tl.uint32,
+    scale, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, m, n] = a [m, k] @ b [k, n] + bias [n]; programs: (tiles, splits of k_each, all but one full).
+    """out [splits, m, n] = a [m, k] @ b [k, n] + bias [n]; programs: (tiles, splits of k_each).
 
-    act [m, n]: dropout(activation(out)). With z [m, n] the product is a gradient of dropout(activation(z))
-    instead: out is that of z, act is computed of z, sums [tile rows, n] are out's over the rows of a tile. out,
-    act and sums may then be None.
+    act [m, n]: dropout(activation(out)). With z [m, n] the product is the gradient of dropout(activation(z))
+    instead: out is z's, act is computed of z, sums [tile rows, n] are out's over the rows of a tile. out, act
+    and sums may then be None.
     """
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     band = GROUP * tiles_n
@@ -123,13 +124,13 @@ def matmul_kernel(
             ACTIVATION, BLOCK_N // 2,
         )  # fmt: skip
         finish(
-            second_half, row, first_col + BLOCK_N // 2, tile_m, m, n, out, bias, z, act, sums, seed, threshold,
-            scale, ACTIVATION, BLOCK_N // 2,
+            second_half, row, first_col + BLOCK_N // 2, tile_m, m, n, out, bias, z, act, sums, seed,
+            threshold, scale, ACTIVATION, BLOCK_N // 2,
         )  # fmt: skip
     else:
         finish(
-            product, row, first_col, tile_m, m, n, out, bias, z, act, sums, seed, threshold, scale, ACTIVATION,
-            BLOCK_N,
+            product, row, first_col, tile_m, m, n, out, bias, z, act, sums, seed, threshold, scale,
+            ACTIVATION, BLOCK_N,
         )  # fmt: skip
 
 
@@ -147,8 +148,8 @@ def _launch(
     k_each = triton.cdiv(triton.cdiv(k, splits), depth) * depth
     precision = "tf32" if dot_kind(a.dtype) == "tf32" else "ieee"
     matmul_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, cols), splits)](
-        a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation, precision,
-        rows, cols, depth, band, num_warps=config.warps, num_stages=config.stages,
+        a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation,
+        precision, rows, cols, depth, band, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def activated_product(a, b, bias, activation: str, dropout: tuple) -> tuple[torc
 
 
 def product_into_activation(a, b, z, activation: str, dropout: tuple, dz, act, dbias) -> None:
-    """Where a @ b is the gradient of dropout(activation(z)): writes dz, that activation, and dz's column sums.
+    """Where a @ b is the gradient of dropout(activation(z)): writes dz, that activation, dz's column sums.
 
     Each of dz, act [m, n] and dbias [n] is contiguous, or None if not wanted.
     """
