@@ -187,6 +187,16 @@ def test_a_loop_runs_as_often_as_each_thread_asks():
     assert execute(body).tolist() == [3] + [3 * t for t in range(1, 64)]
 
 
+def test_float64_is_divided_to_the_nearest():
+    """div: "div.f64 requires .rnd; .rn: mantissa LSB rounds to nearest even"."""
+    body = """
+    cvt.rn.f64.u32 %rd6, %r1; mov.u32 %r5, 3; cvt.rn.f64.u32 %rd7, %r5; div.rn.f64 %rd6, %rd6, %rd7;
+    shl.b64 %rd6, %rd6, 32; shr.u64 %rd6, %rd6, 32; cvt.u32.u64 %r6, %rd6; st.global.b32 [%rd5], %r6;
+    """
+    low = [struct.unpack("<i", struct.pack("<d", t / 3)[:4])[0] for t in range(64)]
+    assert execute(body).tolist() == low
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -1,10 +1,11 @@
 """A matrix product whose tiles meet their bias, activation or gradient before they leave the registers.
 
-A program computes one tile of a @ b, [BLOCK_M, BLOCK_N], in float32: blocks of a and b come to shared memory by
-asynchronous copies, a few blocks ahead of the tensor cores. Tiles are walked in bands of GROUP rows of tiles, so
-that a and b are found in L2 (order of Triton's tutorial 03, https://triton-lang.org). With few tiles and a long k,
-`splits` programs share a tile: each writes its own sum, and a second kernel adds them in order.
-Bound by FLOPs: 2 m n k; from memory each block of a comes n / BLOCK_N times and of b m / BLOCK_M times at most.
+A program computes one tile of a @ b, [BLOCK_M, BLOCK_N], in float32: blocks of a and b come to shared memory
+by asynchronous copies, a few blocks ahead of the tensor cores. Tiles are walked in bands of GROUP rows of
+tiles, so that a and b are found in L2. With few tiles and a long k some programs share a tile: each writes
+its own sum, and a second kernel adds them in order. Bound by FLOPs: 2 m n k; from memory each block of a
+comes n / BLOCK_N times, of b m / BLOCK_M times at most. Source of the order of tiles:
+https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html.
 """
 
 import torch
@@ -21,20 +22,23 @@ def matmul_config(arch: int, kind: str, m: int, n: int, k: int) -> Config:
 
     kind: of dot_kind.
     """
-    if kind == "ieee":  # FMAs in registers: 8 outputs a thread each way would spill
-        small = triton.cdiv(m, 64) * triton.cdiv(n, 64) < 132
+    small = triton.cdiv(m, 128) * triton.cdiv(n, 128) < 108  # fewer than an A100 has multiprocessors
+    if kind == "ieee":  # FMAs: 32 sums a thread, and a row of a and a column of b beside them
         rows, cols, depth, warps, stages = (32, 32, 16, 4, 2) if small else (64, 64, 16, 4, 2)
     elif m <= 16:
         rows, cols, depth, warps, stages = 16, 64, 64, 4, 4  # bound by reading b: many programs, deep queue
-    elif triton.cdiv(m, 128) * triton.cdiv(n, 128) < 108:  # fewer than an A100 has multiprocessors
+    elif small:
         rows, cols, depth, warps, stages = 64, 64, 32, 4, 4
-    else:
-        # 64 float32 accumulators a thread leave room for the epilogues; 2 blocks an SM hide them
-        rows, cols, depth, warps, stages = 128, 128, 64 if arch in (90, 100) else 32, 8, 3
+    elif arch == 90:  # per byte of shared memory wgmma gets most from 64 x 256 a warp group
+        rows, cols, depth, warps, stages = 128, 256, 64, 8, 3
+    elif arch == 100:  # the sums live in tensor memory
+        rows, cols, depth, warps, stages = 128, 128, 64, 8, 3
+    else:  # 64 x 64 a warp: two blocks an SM, of 48 KB and 252 registers a thread, hide each other's ends
+        rows, cols, depth, warps, stages = 128, 128, 32, 4, 4
     if kind == "tf32":
         depth //= 2  # the same bytes
     tiles = triton.cdiv(m, rows) * triton.cdiv(n, cols)
-    splits = max(min(128 // tiles, k // 512), 1)  # 512: what a program computes outweighs what it writes
+    splits = max(min(128 // max(tiles, 1), k // 512), 1)  # 512: a sum costs more than writing it twice
     return Config((rows, cols, depth, 8, splits), warps, stages)
 
 
@@ -47,10 +51,11 @@ def dot_kind(dtype: torch.dtype) -> str:
 
 @triton.jit
 def finish(
-    product, row, first_col, tile_m, m, n, out, bias, z, act, sums, seed, threshold, scale,
-    ACTIVATION: tl.constexpr, COLS: tl.constexpr,
+    product, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """Writes what becomes of the columns first_col ... of a tile [R, COLS]: see matmul_kernel."""
+    out, bias, z, act, sums = to
     col = first_col + tl.arange(0, COLS)
     in_rows, in_cols = (row < m)[:, None], col < n
     inside = in_rows & in_cols[None, :]
@@ -77,17 +82,36 @@ def finish(
         tl.store(act + at, value, inside)
 
 
+@triton.jit
+def finish_in_parts(
+    product, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION: tl.constexpr,
+    COLS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """finish, PART columns at a time: what it holds beside the product has to fit in registers."""
+    if COLS <= PART:
+        finish(product, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION, COLS)
+    else:
+        HALF: tl.constexpr = COLS // 2
+        left, right = tl.split(tl.permute(tl.reshape(product, [product.shape[0], 2, HALF]), (0, 2, 1)))
+        finish_in_parts(
+            left, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION, HALF, PART
+        )
+        finish_in_parts(
+            right, row, first_col + HALF, tile_m, m, n, to, seed, threshold, scale, ACTIVATION, HALF, PART
+        )
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def matmul_kernel(
-    a, b, out, bias, z, act, sums, m, n, k, k_each, a_row, a_col, b_row, b_col, seed, threshold: tl.uint32, scale,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    a, b, out, bias, z, act, sums, m, n, k, k_each, a_row, a_col, b_row, b_col, seed, threshold: tl.uint32,
+    scale, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, m, n] = a [m, k] @ b [k, n] + bias [n]; programs: (tiles, splits of k_each, all but one full).
+    """out [splits, m, n] = a [m, k] @ b [k, n] + bias [n]; programs: (tiles, splits of k_each).
 
-    act [m, n]: dropout(activation(out)). With z [m, n] the product is a gradient of dropout(activation(z))
-    instead: out is that of z, act is computed of z, sums [tile rows, n] are out's over the rows of a tile. out,
-    act and sums may then be None.
+    act [m, n]: dropout(activation(out)). With z [m, n] the product is the gradient of dropout(activation(z))
+    instead: out is z's, act is computed of z, sums [tile rows, n] are out's over the rows of a tile. out, act
+    and sums may then be None.
     """
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     band = GROUP * tiles_n
@@ -115,22 +139,10 @@ def matmul_kernel(
         b += BLOCK_K * tl.cast(b_row, tl.int64)
     if out is not None:
         out += split.to(tl.int64) * m * n
-    if BLOCK_N >= 128:  # by halves, whose epilogues need half the registers
-        halves = tl.permute(tl.reshape(product, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
-        first_half, second_half = tl.split(halves)
-        finish(
-            first_half, row, first_col, tile_m, m, n, out, bias, z, act, sums, seed, threshold, scale,
-            ACTIVATION, BLOCK_N // 2,
-        )  # fmt: skip
-        finish(
-            second_half, row, first_col + BLOCK_N // 2, tile_m, m, n, out, bias, z, act, sums, seed, threshold,
-            scale, ACTIVATION, BLOCK_N // 2,
-        )  # fmt: skip
-    else:
-        finish(
-            product, row, first_col, tile_m, m, n, out, bias, z, act, sums, seed, threshold, scale, ACTIVATION,
-            BLOCK_N,
-        )  # fmt: skip
+    to = (out, bias, z, act, sums)
+    finish_in_parts(
+        product, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION, BLOCK_N, PART
+    )
 
 
 def _config_of(a: torch.Tensor, b: torch.Tensor) -> Config:
@@ -146,9 +158,10 @@ def _launch(
     rows, cols, depth, band, _ = config.block
     k_each = triton.cdiv(triton.cdiv(k, splits), depth) * depth
     precision = "tf32" if dot_kind(a.dtype) == "tf32" else "ieee"
+    part = max(512 * config.warps // rows, 16)  # 16 elements a thread: their epilogue holds four such
     matmul_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, cols), splits)](
-        a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation, precision,
-        rows, cols, depth, band, num_warps=config.warps, num_stages=config.stages,
+        a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation,
+        precision, rows, cols, depth, band, part, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
@@ -180,7 +193,7 @@ def activated_product(a, b, bias, activation: str, dropout: tuple) -> tuple[torc
 
 
 def product_into_activation(a, b, z, activation: str, dropout: tuple, dz, act, dbias) -> None:
-    """Where a @ b is the gradient of dropout(activation(z)): writes dz, that activation, and dz's column sums.
+    """Where a @ b is the gradient of dropout(activation(z)): writes dz, that activation, dz's column sums.
 
     Each of dz, act [m, n] and dbias [n] is contiguous, or None if not wanted.
     """

@@ -54,30 +54,22 @@ def logits_gradient(x, col, target, maximum, exp_sum, d, cols, smoothing, z_loss
 
 @triton.jit(do_not_specialize=["ignore_index", "smoothing", "z_loss", "dloss_step"])
 def row_losses(
-    logits,
-    target,
-    dloss,
-    count,
-    row_loss,
-    maxima,
-    exp_sums,
-    dlogits,
-    stride,
-    cols,
-    dloss_step,
-    ignore_index,
-    smoothing,
-    z_loss,
-    SMOOTHING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program: a row. maxima, exp_sums, dlogits: None where not wanted; dlogits [rows, cols] may be logits."""
+    logits, bias, target, dloss, row_loss, maxima, exp_sums, dlogits, stride, cols, dloss_step, ignore_index,
+    smoothing, z_loss, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program: a row of logits + bias [cols]. maxima, exp_sums: None where not wanted.
+
+    dlogits [rows, cols]: the gradient where dloss[row * dloss_step] (1 if None) is that of the loss; may be
+    logits, None if not wanted.
+    """
     row = tl.program_id(0).to(tl.int64)
     which = tl.load(target + row)
     used = (which != ignore_index) & (which >= 0) & (which < cols)
     end = tl.where(used, cols, 0)
     logits += row * stride
     picked = tl.load(logits + which, used, 0.0).to(tl.float32)
+    if bias is not None:
+        picked += tl.load(bias + which, used, 0.0).to(tl.float32)
     # mean(x) is taken around x_t, so that it is as exact as the differences; if that is -inf the loss is inf
     shift = tl.where(tl.abs(picked) < float("inf"), picked, 0.0)
     maximum = tl.full([BLOCK], LOWEST, tl.float32)
@@ -86,6 +78,8 @@ def row_losses(
     for start in range(0, end, BLOCK):
         inside = start + lane < cols
         x = tl.load(logits + start + lane, inside, float("-inf")).to(tl.float32)
+        if bias is not None:
+            x += tl.load(bias + start + lane, inside, 0.0).to(tl.float32)
         step = tl.exp(-tl.abs(x - maximum))  # of x, or of the sum so far if x is the new maximum
         exps = tl.where(x > maximum, exps * step + 1.0, exps + step)
         maximum = tl.maximum(maximum, x)
@@ -96,7 +90,8 @@ def row_losses(
     log_sum = tl.log(exp_sum)
     loss = (1.0 - smoothing) * (log_sum - (picked - top))
     if SMOOTHING:
-        loss += smoothing * (log_sum + (top - shift) - tl.div_rn(tl.sum(shifted, 0), tl.cast(cols, tl.float32)))
+        mean = tl.div_rn(tl.sum(shifted, 0), tl.cast(cols, tl.float32))
+        loss += smoothing * (log_sum + (top - shift) - mean)
     if z_loss > 0:
         lse = log_sum + top
         loss += z_loss * lse * lse
@@ -108,32 +103,21 @@ def row_losses(
         tl.store(exp_sums + row, exp_sum)
     if dlogits is not None:
         dlogits += row * cols
-        d = row_gradient(dloss, count, row, dloss_step)
+        d = row_gradient(dloss, None, row, dloss_step)
         for start in range(0, cols, BLOCK):
             col = start + lane
-            x = tl.load(logits + col, (col < end), 0.0).to(tl.float32)
+            x = tl.load(logits + col, col < end, 0.0).to(tl.float32)
+            if bias is not None:
+                x += tl.load(bias + col, col < end, 0.0).to(tl.float32)
             dx = logits_gradient(x, col, which, top, exp_sum, d, cols, smoothing, z_loss)
             tl.store(dlogits + col, tl.where(used, dx, 0.0), col < cols)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "smoothing", "z_loss", "dloss_step", "blocks"])
 def row_gradients(
-    dloss,
-    logits,
-    target,
-    maxima,
-    exp_sums,
-    count,
-    dlogits,
-    stride,
-    cols,
-    blocks,
-    dloss_step,
-    ignore_index,
-    smoothing,
-    z_loss,
-    BLOCK: tl.constexpr,
-):
+    dloss, logits, target, maxima, exp_sums, count, dlogits, stride, cols, blocks, dloss_step, ignore_index,
+    smoothing, z_loss, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program: one of the `blocks` blocks of a row."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
@@ -149,7 +133,7 @@ def row_gradients(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def add_rows(row_loss, target, loss, count, rows, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: count of the rows that are not ignored; loss (None: not wanted) the sum or mean of row_loss."""
+    """One program: count of the rows that are not ignored; loss (may be None), row_loss' sum or mean."""
     counts, sums = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -166,19 +150,19 @@ def add_rows(row_loss, target, loss, count, rows, ignore_index, MEAN: tl.constex
 
 
 def write_row_losses(
-    logits, target, row_loss, options, *, sums=(None, None), dlogits=None, dloss=None, count=None
+    logits, target, row_loss, options, *, bias=None, sums=(None, None), dlogits=None, dloss=None
 ) -> None:
     """Writes row_loss [rows] of logits [rows, cols] with its stride, and what else is given.
 
-    options: (ignore_index, label_smoothing, z_loss). sums: float32 [rows], the maxima and the sums of exps.
-    dlogits: [rows, cols], contiguous; may be logits. dloss: float32, [rows] or one element; None: 1. count:
-    int64, by which dloss is divided.
+    options: (ignore_index, label_smoothing, z_loss). bias: [cols], added to logits. sums: float32 [rows], the
+    maxima and the sums of exps. dlogits: [rows, cols], contiguous; may be logits. dloss: float32, of each row
+    or one for all; None: 1.
     """
     rows, cols = logits.shape
     config = config_for(row_config, logits.device, logits.element_size(), cols)
     step = 1 if dloss is not None and dloss.dim() else 0
     row_losses[(rows,)](
-        logits, target, dloss, count, row_loss, *sums, dlogits, logits.stride(0), cols, step, *options,
+        logits, bias, target, dloss, row_loss, *sums, dlogits, logits.stride(0), cols, step, *options,
         options[1] > 0, *config.block, num_warps=config.warps,
     )  # fmt: skip
 
@@ -187,7 +171,8 @@ def add_up(row_loss, target, loss, count, ignore_index: int, mean: bool) -> None
     """Writes count and, unless it is None, loss: the sum or the mean of row_loss."""
     config = config_for(total_config, target.device)
     add_rows[(1,)](
-        row_loss, target, loss, count, target.numel(), ignore_index, mean, *config.block, num_warps=config.warps
+        row_loss, target, loss, count, target.numel(), ignore_index, mean, *config.block,
+        num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -222,8 +207,8 @@ def backward(
     each, config = reduction == "none", config_for(row_config, logits.device, logits.element_size(), cols)
     blocks = triton.cdiv(cols, config.block[0])
     row_gradients[(rows * blocks,)](
-        dloss.contiguous(), logits, target.contiguous(), maximum, exp_sum, count if reduction == "mean" else None,
-        dlogits, stride, cols, blocks, int(each), ignore_index, label_smoothing, z_loss, *config.block,
-        num_warps=config.warps,
+        dloss.contiguous(), logits, target.contiguous(), maximum, exp_sum,
+        count if reduction == "mean" else None, dlogits, stride, cols, blocks, int(each), ignore_index,
+        label_smoothing, z_loss, *config.block, num_warps=config.warps,
     )  # fmt: skip
     return dlogits

@@ -1,9 +1,9 @@
 """feed_forward: y = dropout(act(x @ w1.T + b1)) @ w2.T + b2; the products: _matmul.py.
 
-Forward is two launches: the first writes z = x @ w1.T + b1, which is all that backward keeps, and the dropped
-activation beside it. Backward computes the activation again in the product that has z at hand anyway: dy @ w2,
-whose tiles become dz = (dy @ w2) * act'(z) * dropout's factor before they are written, and leave their column
-sums for db1. Bound by FLOPs: 2 rows hidden (in + out) forward, twice that backward.
+Forward is two launches: the first writes z = x @ w1.T + b1, which backward keeps, and the dropped activation
+beside it. Backward computes the activation again in the product that reads z anyway: dy @ w2, whose tiles
+become dz = (dy @ w2) * act'(z) * dropout's factor before they are written, and leave db1's partial sums.
+Bound by FLOPs: 2 rows hidden (in + out) forward, twice that backward.
 Source: Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762, section 3.3.
 """
 

@@ -1,7 +1,7 @@
 """glu: y = act(gate) * up.
 
 Forward and backward take one tile per program; backward starts from gate and up again: dgate = dy * up *
-act'(gate), dup = dy * act(gate). Bound by bytes: gate, up (and dy) are read once, y (dgate, dup) written once.
+act'(gate), dup = dy * act(gate). Bound by bytes: gate, up, dy are read once, y, dgate, dup written once.
 Source: Shazeer, "GLU Variants Improve Transformer", https://arxiv.org/abs/2002.05202.
 """
 
@@ -18,6 +18,7 @@ def glu_forward(
     gate, gate_stride, up, up_stride, y, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
+    """Program: a tile of y."""
     first_row, first_col = tile_of(cols, ROWS, COLS)
     row, col = (first_row + tl.arange(0, ROWS))[:, None], (first_col + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < cols)
@@ -31,6 +32,7 @@ def glu_backward(
     dy, dy_stride, gate, gate_stride, up, up_stride, dgate, dup, rows, cols, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """Program: a tile of dgate and dup; either may be None."""
     first_row, first_col = tile_of(cols, ROWS, COLS)
     row, col = (first_row + tl.arange(0, ROWS))[:, None], (first_col + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < cols)

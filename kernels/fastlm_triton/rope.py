@@ -1,4 +1,4 @@
-"""rope: y_a = a * cos_a - b * sin_a, y_b = b * cos_b + a * sin_b for each pair (a, b) of a row; the rest copied.
+"""rope: y_a = a * cos_a - b * sin_a, y_b = b * cos_b + a * sin_b for each pair (a, b); the rest is copied.
 
 A program takes the tables of BLOCK_S positions once, in registers, and turns those positions of some heads
 one after the other. Backward applies the transpose: y_a = a * cos_a + b * sin_b, y_b = b * cos_b - a * sin_a.
@@ -28,33 +28,10 @@ def rope_config(arch: int, itemsize: int, tables: int, heads: int, half: int) ->
 
 @triton.jit(do_not_specialize=["heads_each", "seq_blocks", "head_blocks"])
 def rotate_rows(
-    x,
-    cos,
-    sin,
-    y,
-    heads,
-    seq,
-    half,
-    dim,
-    x_batch,
-    x_head,
-    x_seq,
-    y_batch,
-    y_head,
-    y_seq,
-    cos_batch,
-    cos_seq,
-    sin_batch,
-    sin_seq,
-    heads_each,
-    seq_blocks,
-    head_blocks,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    x, cos, sin, y, heads, seq, half, dim, x_batch, x_head, x_seq, y_batch, y_head, y_seq, cos_batch, cos_seq,
+    sin_batch, sin_seq, heads_each, seq_blocks, head_blocks, INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TAIL: tl.constexpr, BLOCK_S: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Programs: (positions, fastest, then heads, then sequences; columns)."""
     program = tl.program_id(0)
     pos = (program % seq_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -117,7 +94,8 @@ def _rotate(x, cos, sin, interleaved: bool, transposed: bool) -> torch.Tensor:
     strides = *x.stride()[:3], *y.stride()[:3], *cos_strides, *sin_strides
     blocks, flags = (heads_each, seq_blocks, head_blocks), (interleaved, transposed, tail > 0)
     rotate_rows[grid](
-        x, cos, sin, y, heads, seq, half, dim, *strides, *blocks, *flags, positions, pairs, num_warps=config.warps
+        x, cos, sin, y, heads, seq, half, dim, *strides, *blocks, *flags, positions, pairs,
+        num_warps=config.warps,
     )  # fmt: skip
     return y
 

@@ -126,6 +126,7 @@ def _floats() -> None:
     _add("copysign.f32", "f4", "f4 f4", "np.copysign({1}, {0})")
     for rounding in ("full", "rn", "approx"):
         _flushing(f"div.{rounding}.f32", "f4", "f4 f4", "{0} / {1}")
+    _add("div.rn.f64", "f8", "f8 f8", "{0} / {1}")
     for rounding in ("rn", "approx"):
         _flushing(f"rcp.{rounding}.f32", "f4", "f4", "F4(1) / {0}")
         _flushing(f"sqrt.{rounding}.f32", "f4", "f4", "np.sqrt({0})")

@@ -1,0 +1,133 @@
+"""linear_cross_entropy: the cross-entropy of logits = x @ weight.T + bias, which never exist all at once.
+
+Rows are taken in chunks: torch's matmul writes a chunk's logits, float32 of operands in their own dtype; the
+kernel of cross_entropy.py turns them into losses and gradients; two more of torch's matmuls add these to dx
+and dweight. Gradients meet the matmuls rounded to x's dtype. Ignored rows are zeros there: only the GPU knows
+which they are. Bound by the FLOPs of three matmuls, 6 rows in classes; beside them a logit's 4 bytes are
+written once and read twice, and its gradient is written once and read twice. Source: cross_entropy's; chunks
+and the gradient in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3.2.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from .cross_entropy import add_up, write_row_losses
+
+ROWS = 512  # of a chunk: enough for the matmuls' tiles to fill a GPU at 8192 classes
+ELEMENTS = 1 << 26  # of its logits at most, 256 MB: more classes, fewer rows in a chunk
+
+
+def chunk_rows(rows: int, classes: int) -> int:
+    """Rows of each chunk but the last, for even chunks as few as the bounds allow."""
+    most = min(max(ELEMENTS // classes, 1), ROWS)
+    return max(triton.cdiv(rows, max(triton.cdiv(rows, most), 1)), 1)
+
+
+def _outside_autocast(device: torch.device):
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: bool) -> None:
+    """out = a @ b, plus out if `keep`; out float32, a and b of one dtype."""
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=int(keep), out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, torch.float32, beta=int(keep), out=out)
+    else:  # the same sums: products of halves are exact in float32
+        torch.addmm(out, a.float(), b.float(), beta=int(keep), out=out)
+
+
+def _gradients_of(chunk, weight, dlogits, ignored, first: bool, dx, dweight, dbias) -> None:
+    """Writes a chunk's dx, adds to dbias and to dweight (writes it if it is the first); None: not wanted."""
+    if dx is not None:
+        _add_product(dx, dlogits, weight, False)
+        dx.masked_fill_(ignored, 0)
+    if dweight is not None:
+        _add_product(dweight, dlogits.t(), chunk, not first)
+    if dbias is not None:
+        dbias.add_(dlogits.sum(0, dtype=torch.float32))
+
+
+def _run(x, weight, bias, target, options, dloss, needs):
+    """(losses, dx, dweight, dbias), float32, those not wanted empty.
+
+    target: [rows], contiguous. options: (ignore_index, label_smoothing, z_loss). dloss: float32, of each row
+    or one for all; None: 1.
+    """
+    (classes, size), n, any_needs = weight.shape, target.numel(), any(needs)
+    floats = {"dtype": torch.float32, "device": x.device}
+    losses, sizes = torch.empty(n, **floats), ((n, size), (classes, size), (classes,))
+    made = [torch.empty(s, **floats) if need else None for s, need in zip(sizes, needs, strict=True)]
+    if needs[1] and n == 0:
+        made[1].zero_()
+    if needs[2]:
+        made[2].zero_()
+    late = None  # float16 holds the gradients of a row's loss, not of that over a million or scaled up
+    if dloss is not None and dloss.dim() == 0 and x.dtype == torch.float16:
+        late, dloss = dloss, None
+    rows, step = x.reshape(n, size), chunk_rows(n, classes)
+    logits = torch.empty((step, classes), **floats)
+    dlogits = logits if x.dtype == torch.float32 else torch.empty_like(logits, dtype=x.dtype)
+    for begin in range(0, n, step):
+        part = slice(begin, min(begin + step, n))
+        ignored = (target[part] == options[0]).unsqueeze(-1)
+        chunk, count = rows[part].masked_fill(ignored, 0), part.stop - begin
+        _add_product(logits[:count], chunk, weight.t(), False)
+        gradient = dlogits[:count] if any_needs else None
+        each = dloss[part] if dloss is not None and dloss.dim() else dloss
+        to = {"bias": bias, "dlogits": gradient, "dloss": each}
+        write_row_losses(logits[:count], target[part], losses[part], options, **to)
+        if any_needs:
+            dx = made[0][part] if needs[0] else None
+            _gradients_of(chunk, weight, gradient, ignored, begin == 0, dx, *made[1:])
+    if late is not None:
+        made = [g if g is None else g.mul_(late) for g in made]
+    dx, dweight, dbias = (torch.empty(0, **floats) if g is None else g for g in made)
+    return losses, dx.view(x.shape) if needs[0] else dx, dweight, dbias
+
+
+def _divided(dloss, target, ignore_index: int):
+    """dloss (1 if None) over the number of rows that count, float32."""
+    count = torch.empty((), dtype=torch.int64, device=target.device)
+    add_up(None, target, None, count, ignore_index, False)
+    count = count.clamp(min=1)
+    return count.float().reciprocal() if dloss is None else dloss / count
+
+
+def forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early):
+    """(loss, unit_dx, unit_dweight, unit_dbias): the gradients for a dloss of 1, as far as `early` says."""
+    dtype, targets = torch.float32 if widened else x.dtype, target.flatten().contiguous()
+    options = ignore_index, label_smoothing, z_loss
+    with _outside_autocast(x.device):
+        mean = reduction == "mean" and any(early) and targets.numel() > 0
+        dloss = _divided(None, targets, ignore_index) if mean else None
+        losses, *gradients = _run(x, weight, bias, targets, options, dloss, early)
+        if reduction == "none":
+            return losses.to(dtype).view(target.shape), *gradients
+        loss = torch.zeros((), dtype=dtype, device=x.device)
+        if targets.numel():
+            count = torch.empty((), dtype=torch.int64, device=x.device)
+            add_up(losses, targets, loss, count, ignore_index, reduction == "mean")
+        return loss, *gradients
+
+
+def backward(
+    dloss, x, weight, bias, target, unit_dx, unit_dweight, unit_dbias, ignore_index, label_smoothing, z_loss,
+    reduction, early, needs,
+):  # fmt: skip
+    """(dx, dweight, dbias): what forward computed, scaled, or computed again: with "none" rows differ."""
+    dloss = dloss.float().contiguous()
+    with _outside_autocast(x.device):
+        if all(e or not n for e, n in zip(early, needs, strict=True)):
+            units = zip((unit_dx, unit_dweight, unit_dbias), needs, strict=True)
+            return tuple((u * dloss if n else u.new_empty((0,))).to(x.dtype) for u, n in units)
+        targets = target.flatten().contiguous()
+        if reduction == "mean" and targets.numel():
+            dloss = _divided(dloss, targets, ignore_index)
+        dloss = dloss.flatten() if reduction == "none" else dloss
+        options = ignore_index, label_smoothing, z_loss
+        _, *gradients = _run(x, weight, bias, targets, options, dloss, needs)
+        return tuple(g.to(x.dtype) for g in gradients)
