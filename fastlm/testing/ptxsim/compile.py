@@ -22,6 +22,7 @@ _LOAD = re.compile(rf"ld\.(global(?:\.nc)?|shared(?:::cta)?){_CACHE}(?:\.v([248]
 _STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
 _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
+_REDUCTION = re.compile(r"redux\.sync\.(min|max)\.([su]32)$")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?$")
 _NOTHING = ("wgmma.fence.sync.aligned", "createpolicy.fractional.L2::evict_first.b64",
             "createpolicy.fractional.L2::evict_last.b64", "griddepcontrol.launch_dependents")  # fmt: skip
@@ -334,6 +335,12 @@ class _Block:
             kind = i.opcode.split(".")[2]
             t = "u4" if kind == "ballot" else "p"
             self._write(i.operands[0], t, f"M.vote({site}, {kind!r}, {self._read(i.operands[1], 'p')})")
+            return True
+        if match := _REDUCTION.match(i.opcode):
+            t = "i4" if match.group(2) == "s32" else "u4"
+            members = self._read(i.operands[2], "u4")
+            found = f"M.reduction({site}, {match.group(1)!r}, {self._read(i.operands[1], t)}, {members})"
+            self._write(i.operands[0], t, found)
             return True
         return False
 

@@ -421,6 +421,14 @@ class Machine:
             found = flags.any(1) if kind == "any" else flags.all(1)
         return np.repeat(found, 32)
 
+    def reduction(self, site: int, kind: str, value, members) -> np.ndarray:
+        """redux.sync of whole warps: every lane gets the least or the largest of its warp."""
+        self.together(site)
+        if not (members == 0xFFFFFFFF).all():
+            raise NotImplementedError("ptxsim: redux.sync of some lanes only")
+        values = np.broadcast_to(value, self.lanes.shape).reshape(-1, 32)
+        return np.repeat(values.min(1) if kind == "min" else values.max(1), 32)
+
     def trap(self, site: int) -> None:
         """trap: an assertion of the kernel failed."""
         self.fail("launch", site, 0, "the kernel trapped")
