@@ -28,7 +28,8 @@ def forward(
     """(out, lse) as fastlm/_ops/attention_varlen.py declares them."""
     read = [readable(t) for t in (q, k, v)]
     problem = _problem(
-        read, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left, right, softcap, alibi_slopes, dropout_p, seed
+        read, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left, right, softcap, alibi_slopes,
+        dropout_p, seed,
     )  # fmt: skip
     tokens, heads, _ = q.shape
     computed = problem.batch and max_q  # else all tokens are of no sequence, and no program sees to them
@@ -49,7 +50,8 @@ def backward(
     dout = q.new_zeros(v.shape[2]).expand(out.shape) if dout is None else dout
     read = [readable(t) for t in (q, k, v, dout)]
     problem = _problem(
-        read, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left, right, softcap, alibi_slopes, dropout_p, seed
+        read, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left, right, softcap, alibi_slopes,
+        dropout_p, seed,
     )  # fmt: skip
     computed = (problem.batch and max_q, problem.batch and max_k, problem.batch and max_k)
     dq, dk, dv = (_gradient_of(t, need, by) for t, need, by in zip((q, k, v), needs, computed, strict=True))
