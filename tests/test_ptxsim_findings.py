@@ -167,6 +167,18 @@ def test_a_shuffle_among_some_lanes_of_a_warp_is_found():
     assert found(body).kind == "divergence"
 
 
+@pytest.mark.parametrize(
+    ("form", "first", "second"), [("max.s32", 31, 63), ("min.s32", -7, 32), ("max.u32", 2**32 - 7, 63)]
+)
+def test_redux_reduces_the_values_of_a_warp(form, first, second):
+    """PTX ISA: "performs a reduction operation on the data of the 32 bit source register a across all
+    non-exited threads in the membermask"; min and max with .s32 or .u32.
+    """
+    body = "setp.eq.u32 %p1, %r1, 5; mov.b32 %r5, %r1; @%p1 mov.b32 %r5, -7;"
+    y = execute(f"{body} redux.sync.{form} %r6, %r5, -1; st.global.b32 [%rd5], %r6;")
+    assert (y.view(torch.uint32) if "u32" in form else y).tolist() == [first] * 32 + [second] * 32
+
+
 def test_threads_meet_again_after_a_branch():
     body = """
     and.b32 %r5, %r1, 1; setp.eq.u32 %p1, %r5, 0; mov.u32 %r6, 0;

@@ -16,6 +16,7 @@ from . import _attention_check, _check
 from ._autocast import matmul_operands
 
 LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
+LARGEST_TRITON_HEAD = 256  # ... and a GPU's registers
 _INF = float("inf")
 
 
@@ -121,6 +122,14 @@ def _cpu_limits(q, k, v, *_):
     return None
 
 
+def _triton_limits(q, k, v, *_):
+    """Head dims above 256."""
+    largest = max(q.shape[3], v.shape[3])
+    if largest > LARGEST_TRITON_HEAD:
+        return f"attention.triton takes head dims up to {LARGEST_TRITON_HEAD}, got {largest}"
+    return None
+
+
 OP = Op(
     "attention",
     reference,
@@ -139,7 +148,7 @@ OP = Op(
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": _cpu_limits},
+    backends={"triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

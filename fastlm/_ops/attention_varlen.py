@@ -110,6 +110,14 @@ def _cpu_limits(q, k, v, *_):
     return None
 
 
+def _triton_limits(q, k, v, *_):
+    """Head dims above 256."""
+    largest = max(q.shape[2], v.shape[2])
+    if largest > _dense.LARGEST_TRITON_HEAD:
+        return f"attention_varlen.triton takes head dims up to {_dense.LARGEST_TRITON_HEAD}, got {largest}"
+    return None
+
+
 _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float scale, bool top_left,"
     " SymInt left, SymInt right, float softcap, Tensor? alibi_slopes, float dropout_p, Tensor? seed"
@@ -124,7 +132,7 @@ OP = Op(
         " bool[3] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": _cpu_limits},
+    backends={"triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

@@ -1,9 +1,9 @@
 """What the attention kernels share: which keys a query sees, what happens to a score, and their arguments.
 
-Scores are kept in units of log 2, so that their exponential is exp2, one instruction. Query i of a sequence sees
-its keys j < nk with low <= j - i <= high; a tile whose queries all see all its keys skips the comparisons. Of
-packed sequences, sequence b starts at row starts[b]. Strides and widths come in units of UNIT elements: so the
-compiler knows what they are multiples of, without compiling again for each.
+Scores are kept in units of log 2, so that their exponential is exp2, one instruction. Query i of a sequence
+sees its keys j < nk with low <= j - i <= high; a tile whose queries all see all its keys skips the comparisons.
+Of packed sequences, sequence b starts at row starts[b]. Strides and widths come in units of UNIT elements: so
+the compiler knows what they are multiples of, without compiling again for each.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,11 @@ SCALARS = (  # arguments whose values say nothing about how to compile
     *("threshold", "dlse_b", "dlse_h", "dlse_s", "has_dlse", "needs_dq", "needs_dk", "needs_dv"),
     *("batch", "stat_size", "kept_b", "kept_h", "splits"),
 )
+
+
+def has_100_kb(arch: int) -> bool:
+    """Whether a block has no more than 99 KB of shared memory; others have at least 163."""
+    return arch in (86, 89) or arch >= 120
 
 
 @triton.jit
@@ -95,7 +100,9 @@ def store_rows(base, stride, rows, cols, count, width, x, EVEN: tl.constexpr):
     inside = (rows < count)[:, None]
     if not EVEN:
         inside = inside & (cols < width)[None, :]
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=inside)
+    tl.store(
+        base + rows.to(tl.int64)[:, None] * stride + cols[None, :], x.to(base.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -157,7 +164,7 @@ def zero_gaps(base, stride, first, count, begin, end, cols, width, ROWS: tl.cons
 
 @triton.jit
 def owned_rows(starts, b, batch, first, tokens):
-    """[begin, end) of the rows that sequence b sees to: its own, and what lies before the first or after the last."""
+    """[begin, end) of the rows that sequence b sees to: its own, the first and last also what is outside."""
     begin = tl.where(b == 0, 0, first)
     end = tl.minimum(tl.maximum(tl.load(starts + b + 1), first.to(tl.int32)), tokens)
     return begin, tl.where(b == batch - 1, tokens, end)
@@ -211,7 +218,7 @@ def problem_of(
 ) -> Problem:  # fmt: skip
     """What the kernels take, of [batch, heads, seq, dim], or of packed [tokens, heads, dim] and their starts.
 
-    q, k, v: readable. unit: unit_of what is read. longest: of packed sequences (queries, keys) of the longest.
+    q, k, v: readable. unit: unit_of what is read. longest: (queries, keys) that no packed sequence exceeds.
     """
     rows = 2 if starts_q is None else 0
     tokens = (q.shape[rows], k.shape[rows])
@@ -225,7 +232,11 @@ def problem_of(
     broadcast = (*_broadcast_strides(mask, 4), *_broadcast_strides(bias, 4), *_broadcast_strides(slopes, 2))
     sizes = (q.shape[1], q.shape[1] // k.shape[1], batch, queries, keys, *tokens, dim // unit, dim_v // unit)
     band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
-    scales = (scale / softcap if capped else scale * LOG2E.value, softcap * LOG2E.value if capped else None, scale)
+    scales = (
+        scale / softcap if capped else scale * LOG2E.value,
+        softcap * LOG2E.value if capped else None,
+        scale,
+    )
     dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32
     block_d, block_v = _padded(dim), _padded(dim_v)
     flags = {
@@ -237,4 +248,6 @@ def problem_of(
         "BV": block_v,
     }
     arguments = (*tensors, *strides, *broadcast, *sizes, *band, *scales, *dropout)
-    return Problem(arguments, flags, batch, q.shape[1], k.shape[1], queries, keys, q.dtype, max(block_d, block_v))
+    return Problem(
+        arguments, flags, batch, q.shape[1], k.shape[1], queries, keys, q.dtype, max(block_d, block_v)
+    )

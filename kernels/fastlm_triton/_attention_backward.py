@@ -1,14 +1,15 @@
-"""The backward kernels of attention, dense and packed: who writes an element owns it, so no sum needs atomics.
+"""The backward kernels of attention, dense and packed: an element has one writer, so no sum needs atomics.
 
 With dp_ij = dout_i . v_j (dropped as p was), delta_i = sum_j p_ij dp_ij = dout_i . out_i:
 ds_ij = p_ij (dp_ij - delta_i + dlse_i); through softcap times 1 - tanh^2; dq_i = scale * sum_j ds_ij k_j;
 dk_j = scale * sum_i ds_ij q_i; dv_j = sum_i p_ij dout_i; dbias = ds, summed where bias is broadcast.
 
-_dq_kernel: BM queries of a head; first delta, kept for the others, then keys as in forward. _dkv_kernel: BN keys of a
-key head; the queries that see them, of all query heads that read it. _dbias_kernel: a tile of bias; the batch entries
-and heads that it is broadcast to. p is computed anew in each: 7 products of dim FLOPs a pair, where one kernel
-with atomics has 5; and 2 more with EXACT: then delta and the sum of p come from the very dp and scores that they
-meet, because delta from a rounded out is too coarse for float32 gradients (one key: ds must be 0, not rounding).
+_dq_kernel: BM queries of a head; first delta, kept for the others, then keys as in forward. _dkv_kernel: BN
+keys of a key head; the queries that see them, of all query heads that read it. _dbias_kernel: a tile of bias;
+the batch entries and heads that it is broadcast to. p is computed anew in each. Bound: 14 * dim FLOPs a pair,
+where one kernel with atomics has 10; with EXACT 18: then delta and the sum of p come from the very dp and
+scores that they meet, because delta from a rounded out is too coarse for float32 gradients (one key: ds must be
+0, not rounding). q, k, v and dout are read as in forward, from either side.
 Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691.
 """
 
@@ -21,6 +22,7 @@ from ._attention import (
     LOG2E,
     SCALARS,
     Problem,
+    has_100_kb,
     head_of,
     head_strides,
     hide,
@@ -36,26 +38,42 @@ from ._config import Config, config_for
 
 
 def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
-    """Queries of a tile, and keys of a step."""
+    """Queries of a tile, and keys of a step; registers as ptxas counts them, none spilled."""
     if dtype == torch.float32:
         return Config((32, 32), 4, 2)
+    if width > 128 and has_100_kb(arch):
+        return Config((32, 32), 4, 2)  # 168 registers, 68 KB
     if queries <= 64:
-        return Config((64, 32), 4, 2)
-    return Config((128, 64), 8, 2)
+        return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
+    if width <= 64:
+        return Config((128, 64), 8, 2)  # 255 registers; with 4 warps they spill
+    if arch == 90:  # wgmma reads q and dout from shared memory, so registers are left: 178, 194
+        return Config((128 if width <= 128 else 64, 64), 8, 2)
+    return Config(
+        (64, 64 if width <= 128 else 32), 8, 2
+    )  # 162 and 200 registers; with 128 queries they spill
 
 
 def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int) -> Config:
-    """Queries of a step, and keys of a tile."""
+    """Queries of a step, and keys of a tile; registers as ptxas counts them, none spilled."""
     if dtype == torch.float32:
         return Config((32, 32), 4, 2)
+    if width > 128:
+        return Config(
+            (32, 32 if has_100_kb(arch) else 64), 8, 2
+        )  # 161 registers, 66 KB; 246 registers, 100 KB
     if keys <= 64:
-        return Config((32, 64), 4, 2)
-    return Config((64, 128), 8, 2)
+        return Config((32, 64), 4 if width <= 64 else 8, 2)  # short: half a tile of 128 would be idle
+    if width <= 64:
+        return Config((64 if arch == 90 else 32, 128), 8, 2)  # 194 and 216 registers; 64 on sm_80: spilled
+    return Config((32, 128) if arch == 90 else (64, 64), 8, 2)  # 222 and 169 registers
 
 
 def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
-    """Queries and keys of a tile."""
-    return Config((32, 32), 4, 2) if dtype == torch.float32 else Config((64, 64), 4, 2)
+    """Queries and keys of a tile; a step loads q, k, v and dout, so they are rarely loaded ahead."""
+    if dtype == torch.float32 or width > 128:
+        return Config((32, 32), 4, 1)
+    return Config((64, 64), 4 if width <= 64 else 8, 2 if width <= 64 else 1)
 
 
 @triton.jit
@@ -63,7 +81,7 @@ def _weights_of(
     qk, base, norm, i, j, i0, i1, j0, j1, nq, nk, low, high, factor, cap, shift, slope,
     bias, bias_q, bias_k, mask, mask_q, mask_k, RAW: tl.constexpr,
 ):  # fmt: skip
-    """(p, tanh): the softmax's weights from its rows' base, and 1 / sum if norm is given; 0 where not seen."""
+    """(p, tanh): exp2(scores - base) * norm, if there is one, the softmax's weights; 0 where not seen."""
     s, bent = scores_of(qk, i, j, nq, nk, factor, cap, shift, slope, bias, bias_q, bias_k, RAW)
     if RAW:
         s *= factor
@@ -87,7 +105,11 @@ def _dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(queries, BM), tl.program_id(0)
-    tile, h, b = tiles - 1 - pid % tiles, pid // tiles % heads, pid // tiles // heads  # the longest rows first
+    tile, h, b = (
+        tiles - 1 - pid % tiles,
+        pid // tiles % heads,
+        pid // tiles // heads,
+    )  # the longest rows first
     first_q, nq, first_k, nk, low, high = sequence_of(
         b, queries, keys, tokens_q, tokens_k, lengths, starts_q, starts_k, offset, left, right
     )
@@ -129,7 +151,19 @@ def _dq_kernel(
             k_tile = load_rows(k, k_s, j, d, nk, width, EVEN)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             s, _ = scores_of(
-                qk, i[:, None], j[None, :], nq, nk, factor, cap, low + left, slope, bias, bias_q, bias_k, False
+                qk,
+                i[:, None],
+                j[None, :],
+                nq,
+                nk,
+                factor,
+                cap,
+                low + left,
+                slope,
+                bias,
+                bias_q,
+                bias_k,
+                False,
             )
             s = hide(
                 s, float("-inf"), i[:, None], j[None, :], i0, i0 + BM - 1, j0, j0 + BN - 1, nq, nk, low, high,
@@ -172,8 +206,8 @@ def _dq_kernel(
         v_tile = load_rows(v, v_s, j, e, nk, width_v, EVEN)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         p, bent = _weights_of(
-            qk, base[:, None], norm, i[:, None], j[None, :], i0, i0 + BM - 1, j0, j0 + BN - 1, nq, nk, low, high,
-            factor, cap, low + left, slope, bias, bias_q, bias_k, mask, mask_q, mask_k, RAW,
+            qk, base[:, None], norm, i[:, None], j[None, :], i0, i0 + BM - 1, j0, j0 + BN - 1, nq, nk, low,
+            high, factor, cap, low + left, slope, bias, bias_q, bias_k, mask, mask_q, mask_k, RAW,
         )  # fmt: skip
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         if seed is not None:
@@ -243,15 +277,17 @@ def _dkv_kernel(
         if bias is not None:
             bias_head = bias + b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
         q_tile = load_rows(q_head, q_row, i, d, nq, width, EVEN)
-        at = stats + ((h.to(tl.int64) * tokens_q + first_q) if PACKED else (b.to(tl.int64) * heads + h) * queries)
+        at = stats + (
+            (h.to(tl.int64) * tokens_q + first_q) if PACKED else (b.to(tl.int64) * heads + h) * queries
+        )
         base = tl.load(at + i, mask=i < nq, other=float("inf"))
         norm = None
         if EXACT:
             norm = tl.load(at + 2 * stat_size + i, mask=i < nq, other=0.0)[None, :]
         qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         p, bent = _weights_of(
-            qk, base[None, :], norm, i[None, :], j[:, None], i0, i0 + BM - 1, j0, j0 + BN - 1, nq, nk, low, high,
-            factor, cap, low + left, slope, bias_head, bias_q, bias_k, mask_head, mask_q, mask_k, RAW,
+            qk, base[None, :], norm, i[None, :], j[:, None], i0, i0 + BM - 1, j0, j0 + BN - 1, nq, nk, low,
+            high, factor, cap, low + left, slope, bias_head, bias_q, bias_k, mask_head, mask_q, mask_k, RAW,
         )  # fmt: skip
         do_tile = load_rows(do_head, do_row, i, e, nq, width_v, EVEN)
         dropped = p
@@ -322,8 +358,8 @@ def _dbias_kernel(
             norm = tl.load(at + 2 * stat_size + i, mask=i < queries, other=0.0)[:, None]
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         p, _ = _weights_of(
-            qk, base[:, None], norm, i[:, None], j[None, :], i0, i0 + BM - 1, j0, j0 + BN - 1, queries, nk, low, high,
-            factor, cap, offset, slope, bias_head, bias_q, bias_k, mask_head, mask_q, mask_k, RAW,
+            qk, base[:, None], norm, i[:, None], j[None, :], i0, i0 + BM - 1, j0, j0 + BN - 1, queries, nk,
+            low, high, factor, cap, offset, slope, bias_head, bias_q, bias_k, mask_head, mask_q, mask_k, RAW,
         )  # fmt: skip
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         if seed is not None:
@@ -344,7 +380,9 @@ def _dbias_kernel(
         tl.store(parts + i.to(tl.int64)[:, None] * cols + j[None, :], acc.to(dtype), mask=inside)
 
 
-def run_backward(problem: Problem, dout, dlse, out, lse, dq, dk, dv, dbias_of: Tensor | None) -> Tensor | None:
+def run_backward(
+    problem: Problem, dout, dlse, out, lse, dq, dk, dv, dbias_of: Tensor | None
+) -> Tensor | None:
     """Writes dq, dk and dv, contiguous as [batch, seq, heads, dim] or [tokens, heads, dim]; None: not wanted.
 
     out, lse: contiguous, out as dq is. dbias_of: the bias whose gradient is wanted; returns that.
@@ -368,7 +406,12 @@ def run_backward(problem: Problem, dout, dlse, out, lse, dq, dk, dv, dbias_of: T
         (bm, bn), warps, stages = config_for(dkv_config, q.device, problem.dtype, problem.width, problem.keys)
         grid = (triton.cdiv(problem.keys, bn) * problem.kv_heads * problem.batch,)
         cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
-        gradients = (k if dk is None else dk, v if dv is None else dv, int(dk is not None), int(dv is not None))
+        gradients = (
+            k if dk is None else dk,
+            v if dv is None else dv,
+            int(dk is not None),
+            int(dv is not None),
+        )
         if grid[0]:
             _dkv_kernel[grid](*given, *gradients, **flags, **cut)
     return None if dbias_of is None else _dbias(problem, dbias_of, given, flags)
@@ -379,7 +422,7 @@ def _lse_strides(dlse: Tensor) -> tuple[int, int, int]:
 
 
 def _dbias(problem: Problem, bias: Tensor, given: tuple, flags: dict) -> Tensor:
-    """The gradient of bias, in its dtype: one partial sum per program, added by torch where there are several."""
+    """The gradient of bias, in its dtype: a part from each program, added by torch where there are several."""
     (bm, bn), warps, stages = config_for(dbias_config, bias.device, problem.dtype, problem.width)
     tiles_q, tiles_k = triton.cdiv(problem.queries, bm), triton.cdiv(problem.keys, bn)
     kept_b, kept_h, rows, cols = bias.shape

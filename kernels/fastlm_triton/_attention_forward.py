@@ -2,10 +2,10 @@
 
 out = softmax(s) v, lse = log sum exp(s), s as csrc/contract/attention.h has it.
 
-A program computes BM queries of one head: q, its sums and the running maximum stay in registers, tiles of BN keys and
-values come through shared memory, STAGES - 1 ahead. Tiles that no query sees are never loaded. q, out and lse
-move once; k and v once per BM queries and head, mostly from L2, as programs of one head run side by side. Bound:
-4 * dim FLOPs per pair of query and key that see each other.
+A program computes BM queries of one head: q, its sums and the running maximum stay in registers, tiles of BN
+keys and values come through shared memory, STAGES - 1 ahead. Tiles that no query sees are never loaded. q, out
+and lse move once; k and v once per BM queries and head, mostly from L2, as programs of one head run side by
+side. Bound: 4 * dim FLOPs per pair of query and key that see each other.
 Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691.
 """
 
@@ -18,6 +18,7 @@ from ._attention import (
     LOG2E,
     SCALARS,
     Problem,
+    has_100_kb,
     head_of,
     hide,
     load_rows,
@@ -32,12 +33,20 @@ from ._config import Config, config_for
 
 
 def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
-    """Queries and keys of a tile."""
+    """Queries and keys of a tile; registers as ptxas counts them, none spilled."""
     if dtype == torch.float32:
-        return Config((32, 32), 4, 2)
+        return Config(
+            (32, 32), 4, 2
+        )  # exact products are unrolled multiply-adds: larger tiles only compile longer
     if queries <= 64:
-        return Config((64, 32), 4, 2)
-    return Config((128, 64), 4, 3)
+        return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
+    if width <= 64:
+        return Config((128, 64), 4, 2 if has_100_kb(arch) else 3)  # 236 registers: two programs at a time
+    if arch == 90:  # wgmma reads q and k from shared memory, so registers are left: 234, 255
+        return Config((128, 128) if width <= 128 else (128, 64), 8, 2)
+    if width <= 128:
+        return Config((128, 64), 8, 2)  # 214 registers
+    return Config((64, 32 if has_100_kb(arch) else 64), 8, 2)  # 177 registers, 104 KB; 156 registers, 68 KB
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -52,7 +61,11 @@ def _forward_kernel(
     BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(queries, BM), tl.program_id(0)
-    tile, h, b = tiles - 1 - pid % tiles, pid // tiles % heads, pid // tiles // heads  # the longest rows first
+    tile, h, b = (
+        tiles - 1 - pid % tiles,
+        pid // tiles % heads,
+        pid // tiles // heads,
+    )  # the longest rows first
     first_q, nq, first_k, nk, low, high = sequence_of(
         b, queries, keys, tokens_q, tokens_k, lengths, starts_q, starts_k, offset, left, right
     )
@@ -100,8 +113,8 @@ def _forward_kernel(
             qk, i[:, None], j[None, :], nq, nk, factor, cap, low + left, slope, bias, bias_q, bias_k, RAW
         )
         s = hide(
-            s, float("-inf"), i[:, None], j[None, :], tile * BM, tile * BM + BM - 1, j0, j0 + BN - 1, nq, nk, low, high,
-            mask, mask_q, mask_k,
+            s, float("-inf"), i[:, None], j[None, :], tile * BM, tile * BM + BM - 1, j0, j0 + BN - 1, nq, nk,
+            low, high, mask, mask_q, mask_k,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen no key yet
