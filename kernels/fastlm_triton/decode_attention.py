@@ -17,21 +17,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention import LOG2E, _tanh
 from ._config import Config, arch_of, config_for
+from ._matmul import dot_kind
 
 _FAR = 1 << 30  # keys before a query: farther than any cache is long
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def split_config(arch: int, size: int, cache_size: int, rows: int, dim: int) -> Config:
+def split_config(arch: int, size: int, cache_size: int, paged: bool, rows: int, dim: int) -> Config:
     """block: rows, keys. size, cache_size: bytes of a number of q and of the cache. dim: columns padded."""
-    if cache_size == 4:  # multiplied without tensor cores: a thread holds few rows, or it spills
-        block_m, tile, stages = (4 if rows <= 4 else 16), 8192, 2
-    else:
-        block_m = 16 if rows <= 16 else 32  # of more rows a tile would take half the registers of an SM
-        tile = 16384  # bytes of keys: with as many of values in two stages, two blocks fit into 100 KB of an SM
-        stages = 3 if arch in (80, 90, 100) else 2  # these have 164 KB and up
-    return Config((block_m, min(128, max(16, tile // (dim * cache_size)))), warps=4, stages=stages)
+    if cache_size == 4:  # multiplied without tensor cores: a thread holds whole rows of few, or it spills
+        return Config((4 if rows <= 4 else 16, min(64, max(16, 2048 // dim))), 4, 3 if paged else 2)
+    block_m = 16 if rows <= 16 else 32  # more rows in a tile take too many registers for two blocks an SM
+    block_n = min(128 if cache_size == 2 else 64, 8192 // dim)  # 16 KB of keys: two blocks fit into 100 KB
+    # in pages the third stage holds page numbers; else more bytes, where an SM has 163 KB
+    return Config((block_m, block_n), 4, 3 if paged or arch in (80, 90, 100) else 2)
 
 
 def splits_of(arch: int, programs: int, keys: int) -> int:
@@ -48,26 +48,16 @@ def merge_config(arch: int, value_dim: int) -> Config:
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(x * _LOG2E)  # of a difference: exact for keys whose scores are near the largest
-
-
-@triton.jit
-def _tanh(x):
-    """Below 0.625 the polynomial of Cephes' tanhf (S. Moshier), above it 1 - 2 / (exp(2|x|) + 1)."""
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    large = 1.0 - 2.0 / (_exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+    return tl.exp2(x * LOG2E)  # of a difference: exact for keys whose scores are near the largest
 
 
 @triton.jit
 def _dot(x, y, acc, PRECISION: tl.constexpr):
     """x @ y + acc. An int8 y is exact in any half; a float32 x is then, exactly, a sum of three bfloat16."""
-    if x.dtype != tl.float32 or y.dtype != tl.int8:
-        return tl.dot(x, y.to(x.dtype), acc, input_precision=PRECISION)
+    if PRECISION == "half":
+        return tl.dot(x, y.to(x.dtype), acc)
+    if y.dtype != tl.int8:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
     high = x.to(tl.bfloat16)
     x -= high.to(tl.float32)
     middle = x.to(tl.bfloat16)
@@ -290,7 +280,7 @@ def forward(
     capacity = min(page if table is None else page * table.shape[1], _FAR)
     left = _FAR if left < 0 else min(left, _FAR)
     block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
-    sizes = (q.element_size(), k.element_size(), group * queries, max(block_d, block_v))
+    sizes = (q.element_size(), k.element_size(), table is not None, group * queries, max(block_d, block_v))
     config = config_for(split_config, q.device, *sizes)
     block_m, block_n = config.block
     tiles = triton.cdiv(group * queries, block_m)
@@ -335,9 +325,10 @@ def forward(
         block_n,
         block_d,
         block_v,
-        _precision(q.dtype),
+        dot_kind(q.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=255,  # or ptxas spills to fit more than the two blocks an SM that splits_of counts on
     )
     if parts is not None:
         merge = config_for(merge_config, q.device, block_v)
@@ -358,9 +349,3 @@ def forward(
             num_warps=merge.warps,
         )
     return out.transpose(1, 2), lse
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: in full, unless torch's own matmuls may round it to TF32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
