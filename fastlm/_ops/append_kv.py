@@ -13,6 +13,8 @@ from torch import Tensor
 from .._op import Op, may_be_usual
 from . import _check, _kv_cache
 
+_LARGEST_TRITON_HEAD = 4096  # a row in the registers of a block
+
 
 def reference(k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale):
     """Writes in plain PyTorch, through a copy of the cache; tokens that have no slot are dropped."""
@@ -92,10 +94,22 @@ def _fake_forward(*_):
 
 def _cpu_limits(k, v, k_cache, v_cache, *_):
     """Caches whose last dimension is not contiguous."""
+    return _scattered("cpu", k_cache, v_cache)
+
+
+def _triton_limits(k, v, k_cache, v_cache, *_):
+    """Caches whose last dimension is not contiguous; head dims above 4096."""
+    largest = max(k_cache.shape[3], v_cache.shape[3])
+    if largest > _LARGEST_TRITON_HEAD:
+        return f"append_kv.triton takes head dims up to {_LARGEST_TRITON_HEAD}, got {largest}"
+    return _scattered("triton", k_cache, v_cache)
+
+
+def _scattered(backend, k_cache, v_cache):
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(3) != 1 and cache.shape[3] != 1:
             got = f"{name} has stride {cache.stride(3)}"
-            return f"append_kv.cpu takes caches whose last dimension is contiguous, {got}"
+            return f"append_kv.{backend} takes caches whose last dimension is contiguous, {got}"
     return None
 
 
@@ -108,7 +122,7 @@ OP = Op(
         " Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
         _fake_forward,
     ),
-    backends={"triton": None, "cpu": _cpu_limits},
+    backends={"triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

@@ -16,6 +16,7 @@ from .attention import AttentionOutput
 from .attention import reference as attention_reference
 
 _LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
+_LARGEST_TRITON_HEAD = 256  # that a Triton tile holds
 
 
 def reference(
@@ -91,10 +92,19 @@ def _fake_forward(q, k_cache, v_cache, *_):
 
 def _cpu_limits(q, k_cache, v_cache, *_):
     """Head dims above 512."""
+    return _too_wide("cpu", _LARGEST_HEAD, q, v_cache)
+
+
+def _triton_limits(q, k_cache, v_cache, *_):
+    """Head dims above 256."""
+    return _too_wide("triton", _LARGEST_TRITON_HEAD, q, v_cache)
+
+
+def _too_wide(backend, most, q, v_cache):
     largest = max(q.shape[3], v_cache.shape[3])
-    if largest > _LARGEST_HEAD:
-        return f"decode_attention.cpu takes head dims up to {_LARGEST_HEAD}, got {largest}"
-    return None
+    return (
+        f"decode_attention.{backend} takes head dims up to {most}, got {largest}" if largest > most else None
+    )
 
 
 OP = Op(
@@ -107,7 +117,7 @@ OP = Op(
         " -> (Tensor out, Tensor lse)",
         _fake_forward,
     ),
-    backends={"triton": None, "cpu": _cpu_limits},
+    backends={"triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 
