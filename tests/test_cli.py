@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_doctor_says_why_a_kernel_cannot_run(monkeypatch):
     monkeypatch.setitem(_load.MISSING, "cpu", "no compiler was found")
     result = _run("doctor")
     assert result.exit_code == 0
-    assert "(1) no compiler was found" in result.output
+    assert re.search(r"\(\d\) no compiler was found", result.output)
     assert "0 of 0 checks" in result.output
 
 

@@ -47,6 +47,8 @@ def examine(limit_s: float = LIMIT_S) -> dict:
 
 def why_not(op: str, backend: str) -> str | None:
     """None if `backend` can run the op's first case where it lives, else the reason."""
+    if backend == "triton" and not torch.cuda.is_available() and _load.MISSING[backend] is None:
+        return "Triton's kernels take tensors on an NVIDIA GPU, and torch sees none"
     inputs = moved(cases_of(op)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
     return fastlm.explain(op, **inputs).reasons[backend]
 

@@ -24,5 +24,5 @@ def _cell(op: Op, backend: str) -> str:
 
 
 def _limits(op: Op) -> str:
-    told = [limits.__doc__ or "" for limits in op.backends.values() if limits]
-    return "; ".join(dict.fromkeys(text.splitlines()[0].rstrip(".") for text in told if text))
+    told = {b: (limits.__doc__ or "").splitlines()[0].rstrip(".") for b, limits in op.backends.items() if limits}
+    return "; ".join(f"{b}: {text[0].lower()}{text[1:]}" for b, text in told.items() if text)
