@@ -47,8 +47,8 @@ def examine(limit_s: float = LIMIT_S) -> dict:
 
 def why_not(op: str, backend: str) -> str | None:
     """None if `backend` can run the op's first case where it lives, else the reason."""
-    if backend == "triton" and not torch.cuda.is_available() and _load.MISSING[backend] is None:
-        return "Triton's kernels take tensors on an NVIDIA GPU, and torch sees none"
+    if (reason := _absent(backend)) is not None:
+        return reason
     inputs = moved(cases_of(op)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
     return fastlm.explain(op, **inputs).reasons[backend]
 
@@ -69,13 +69,20 @@ def self_test(limit_s: float) -> dict:
     return {"checks": done, "of": len(planned), "seconds": seconds, "failed": failed}
 
 
+def _absent(backend: str) -> str | None:
+    """Why no op can run on a backend here, or None."""
+    if backend == "triton" and not torch.cuda.is_available() and _load.MISSING[backend] is None:
+        return "Triton's kernels take tensors on an NVIDIA GPU, and torch sees none"
+    return _load.MISSING.get(backend)
+
+
 def _planned() -> list[tuple]:
     """(op, backend, case, dtype): every op's first case comes first, so that a short test meets all ops."""
     found = []
     for op, declared in OPS.items():
         for turn, case in enumerate(cases_of(op)[0]):
             for backend in declared.backends:
-                if _load.MISSING[backend] is None:
+                if _absent(backend) is None:
                     found += [(turn, op, backend, case, dtype) for dtype in case.dtypes]
     return [point[1:] for point in sorted(found, key=lambda point: point[0])]
 

@@ -24,5 +24,9 @@ def _cell(op: Op, backend: str) -> str:
 
 
 def _limits(op: Op) -> str:
-    told = {b: (limits.__doc__ or "").splitlines()[0].rstrip(".") for b, limits in op.backends.items() if limits}
-    return "; ".join(f"{b}: {text[0].lower()}{text[1:]}" for b, text in told.items() if text)
+    told = []
+    for backend, limits in op.backends.items():
+        if limits and limits.__doc__:
+            text = limits.__doc__.splitlines()[0].rstrip(".")
+            told.append(f"{backend}: {text[0].lower()}{text[1:]}")
+    return "; ".join(told)
