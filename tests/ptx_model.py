@@ -83,6 +83,8 @@ INTEGER = {  # on whole numbers; None where the ISA leaves the result open
     "mad.lo": lambda a, b, c: a * b + c,
     "min": min,
     "max": max,
+    "min.relu": lambda a, b: max(min(a, b), 0),  # ".relu clamps the result to 0 if negative"
+    "max.relu": lambda a, b: max(a, b, 0),
     "div": lambda a, b: _towards_zero(a, b) if b else None,
     "rem": lambda a, b: a - _towards_zero(a, b) * b if b else None,
     "neg": lambda a: -a,

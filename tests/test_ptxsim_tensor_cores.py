@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlm.testing.ptxsim import device
+from fastlm.testing.ptxsim import device, run
 from fastlm.testing.ptxsim import tensor_cores as tc
 
 RNG = np.random.default_rng(0)
@@ -402,3 +402,36 @@ def test_tritons_matmul_is_right(arch, dtype, cols, depth, turned):
             a, b.T.contiguous() if turned else b, c, 2 * depth, 64, cols, depth, turned, num_stages=2
         )
     assert torch.equal(c.double(), a.double() @ b.double())
+
+
+# PTX ISA, wgmma.mma_async with a in registers: "wgmma.mma_async.sync.aligned.shape.dtype.bf16.bf16 d, a, b-desc,
+# scale-d, imm-scale-a, imm-scale-b, imm-trans-b": nothing says how a lies.
+WGMMA = """.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 128 .b8 memory[];
+.visible .entry kernel(.param .u64 y)
+{{
+.reg .pred %p<2>; .reg .b32 %r<16>; .reg .b64 %d<8>;
+mov.u32 %r0, %tid.x; mov.u32 %r1, memory; mad.lo.s32 %r2, %r0, 4, %r1;
+and.b32 %r3, %r0, 3; shl.b32 %r3, %r3, 1; add.s32 %r4, %r3, 1;       // 2 numbers of every 8: 0 to 7
+cvt.rn.f32.s32 %r3, %r3; cvt.rn.f32.s32 %r4, %r4; cvt.rn.bf16x2.f32 %r3, %r4, %r3;
+setp.lt.u32 %p0, %r0, 64; @%p0 st.shared.b32 [%r2], %r3;
+fence.proxy.async.shared::cta; bar.sync 0;
+cvt.u64.u32 %d0, %r1; shr.u64 %d0, %d0, 4; or.b64 %d0, %d0, 34360262656; // both offsets are 128 bytes
+mov.b32 %r5, 0x3F803F80; mov.b32 %r8, 0; mov.b32 %r9, 0; mov.b32 %r10, 0; mov.b32 %r11, 0;
+setp.ne.b32 %p1, %r8, 0;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r8,%r9,%r10,%r11}}, {{%r5,%r5,%r5,%r5}},
+    %d0, %p1, 1, 1, {trans};
+wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+ld.param.u64 %d1, [y]; mul.wide.u32 %d2, %r0, 4; add.s64 %d1, %d1, %d2; st.global.b32 [%d1], %r9; ret;
+}}"""
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_wgmma_of_registers_says_of_b_alone_how_it_lies(trans):
+    y = torch.zeros(128)
+    run(WGMMA.format(trans=trans), (1, 1, 1), (128, 1, 1), [y], 256)
+    of_rows, of_columns = [56.0] * 128, [16.0 * (t % 4 * 2 + 1) for t in range(128)]
+    assert y.tolist() == (of_columns if trans else of_rows)

@@ -1,7 +1,7 @@
 """What the attention kernels share: which keys a query sees, what happens to a score, and their arguments.
 
 Scores are kept in units of log 2, so that their exponential is exp2, one instruction. Query i of a sequence
-sees its keys j < nk with low <= j - i <= high; a tile whose queries all see all its keys skips the comparisons.
+sees its keys j < nk with low <= j - i <= high; tiles whose queries see all their keys skip the comparisons.
 Of packed sequences, sequence b starts at row starts[b]. Strides and widths come in units of UNIT elements: so
 the compiler knows what they are multiples of, without compiling again for each.
 """

@@ -8,8 +8,8 @@ _dq_kernel: BM queries of a head; first delta, kept for the others, then keys as
 keys of a key head; the queries that see them, of all query heads that read it. _dbias_kernel: a tile of bias;
 the batch entries and heads that it is broadcast to. p is computed anew in each. Bound: 14 * dim FLOPs a pair,
 where one kernel with atomics has 10; with EXACT 18: then delta and the sum of p come from the very dp and
-scores that they meet, because delta from a rounded out is too coarse for float32 gradients (one key: ds must be
-0, not rounding). q, k, v and dout are read as in forward, from either side.
+scores that they meet, because delta from a rounded out is too coarse for float32 gradients (one key: ds must
+be 0, not rounding). q, k, v and dout are read as in forward, from either side.
 Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691.
 """
 
@@ -40,7 +40,9 @@ from ._config import Config, config_for
 def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
     """Queries of a tile, and keys of a step; registers as ptxas counts them, none spilled."""
     if dtype == torch.float32:
-        return Config((32, 32), 4, 2)
+        return (
+            Config((32, 32), 8, 2) if width <= 128 else Config((16, 16), 4, 2)
+        )  # with 4 warps 32 x 32 spill
     if width > 128 and has_100_kb(arch):
         return Config((32, 32), 4, 2)  # 168 registers, 68 KB
     if queries <= 64:
@@ -57,7 +59,7 @@ def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config
 def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int) -> Config:
     """Queries of a step, and keys of a tile; registers as ptxas counts them, none spilled."""
     if dtype == torch.float32:
-        return Config((32, 32), 4, 2)
+        return Config((32, 32), 4, 2) if width <= 128 else Config((16, 16), 8, 2)
     if width > 128:
         return Config(
             (32, 32 if has_100_kb(arch) else 64), 8, 2
@@ -71,7 +73,9 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int) -> Config:
 
 def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
     """Queries and keys of a tile; a step loads q, k, v and dout, so they are rarely loaded ahead."""
-    if dtype == torch.float32 or width > 128:
+    if width > 128:
+        return Config((32, 32) if dtype != torch.float32 else (16, 16), 4, 1)
+    if dtype == torch.float32:
         return Config((32, 32), 4, 1)
     return Config((64, 64), 4 if width <= 64 else 8, 2 if width <= 64 else 1)
 
@@ -422,7 +426,7 @@ def _lse_strides(dlse: Tensor) -> tuple[int, int, int]:
 
 
 def _dbias(problem: Problem, bias: Tensor, given: tuple, flags: dict) -> Tensor:
-    """The gradient of bias, in its dtype: a part from each program, added by torch where there are several."""
+    """The gradient of bias, in its dtype: a part of each program, added by torch if there are several."""
     (bm, bn), warps, stages = config_for(dbias_config, bias.device, problem.dtype, problem.width)
     tiles_q, tiles_k = triton.cdiv(problem.queries, bm), triton.cdiv(problem.keys, bn)
     kept_b, kept_h, rows, cols = bias.shape

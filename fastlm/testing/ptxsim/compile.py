@@ -384,10 +384,8 @@ class _Block:
         old, scale = self._vector(d), self._read(scale, "p")
         self.accumulating = False
         left = self._vector(a, "u4" if a.kind == "vector" else "u8")
-        signs, transposed = (
-            [int(o.value) for o in rest[:2]],
-            [o.value == "1" for o in rest[2:4]] or [False] * 2,
-        )
+        signs, transposed = [int(o.value) for o in rest[:2]], [o.value == "1" for o in rest[2:4]]
+        transposed = [False] * (2 - len(transposed)) + transposed  # of an a in registers nothing is said
         return f"{left}, {self._read(b, 'u8')}, {old}, {scale}, {names!r}, {signs or [1, 1]}, {transposed}"
 
 

@@ -37,6 +37,9 @@ def _integers() -> None:
         _add(f"div.{kind}", t, f"{t} {t}", "quotient({0}, {1})")
         _add(f"rem.{kind}", t, f"{t} {t}", "remainder({0}, {1})")
         _add(f"shr.{kind}", t, f"{t} u4", "shift_right({0}, {1})")
+        if kind == "s32":  # .relu: 0 where the result is negative
+            _add("min.relu.s32", t, f"{t} {t}", "np.maximum(np.minimum({0}, {1}), 0)")
+            _add("max.relu.s32", t, f"{t} {t}", "np.maximum(np.maximum({0}, {1}), 0)")
         if kind[0] == "s":
             _add(f"neg.{kind}", t, t, "-{0}")
             _add(f"abs.{kind}", t, t, "np.abs({0})")
