@@ -157,8 +157,12 @@ def _launch(
     (m, k), n = a.shape, b.shape[1]
     rows, cols, depth, band, _ = config.block
     k_each = triton.cdiv(triton.cdiv(k, splits), depth) * depth
-    precision = "tf32" if dot_kind(a.dtype) == "tf32" else "ieee"
-    part = max(512 * config.warps // rows, 16)  # 16 elements a thread: their epilogue holds four such
+    kind = dot_kind(a.dtype)
+    precision = "tf32" if kind == "tf32" else "ieee"
+    each = (
+        8 if kind == "ieee" else 16
+    )  # elements a thread: the epilogue holds four times that; FMAs hold more
+    part = max(each * 32 * config.warps // rows, 16)
     matmul_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, cols), splits)](
         a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation,
         precision, rows, cols, depth, band, part, num_warps=config.warps, num_stages=config.stages,
