@@ -1,0 +1,304 @@
+"""What the Triton kernels move, counted on the simulator: the bars of docs/evidence.md, and its table.
+
+    python -m fastlm.testing.memory_bars [--docs docs/evidence.md]
+
+The least that a kernel can move is each tensor of its schema once: inputs read, outputs written. A tensor
+below a sixteenth of the largest (a weight, statistics) is counted once however often it is read: it stays in
+the L2 cache. Sectors and wavefronts: ptxsim/profile.py.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import ops
+from .._op import OPS
+from . import ptxsim
+from .pages import replace_block
+from .ptxsim.profile import SECTOR, Profile, Traffic
+
+_SMALL = 16  # a tensor this much smaller than the largest stays in the L2 cache
+
+
+class Movement(NamedTuple):
+    """Of one raw op: bytes moved and the least; sectors and wavefronts over ideal; launches."""
+
+    moved: int
+    least: int
+    sectors: float
+    wavefronts: float
+    launches: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes over the least."""
+        return self.moved / self.least
+
+
+@dataclass(frozen=True)
+class Workload:
+    """arguments: -> the public function's. eager: what torch users write instead, on the same arguments."""
+
+    title: str
+    op: str
+    arguments: Callable[[], dict]
+    eager: Callable[..., Tensor]
+    backward: bool = True
+    unread: tuple[str, ...] = ()  # what backward's schema has and needs only without dropout and residual
+
+
+def _rows(rows: int, cols: int) -> Tensor:
+    return torch.randn(rows, cols, dtype=torch.bfloat16)
+
+
+def _norm(residual: bool = False) -> Callable[[], dict]:
+    def arguments():
+        given = {"x": _rows(8192, 256), "weight": torch.randn(256, dtype=torch.bfloat16)}
+        return given | {"residual": _rows(8192, 256), "dropout_p": 0.1, "seed": 7} if residual else given
+
+    return arguments
+
+
+def _eager_norm(norm: Callable) -> Callable:
+    def eager(x, weight, residual=None, dropout_p=0.0, seed=None):
+        h = x if residual is None else functional.dropout(x, dropout_p) + residual
+        return norm(h, (x.shape[-1],), weight)
+
+    return eager
+
+
+def _eager_rope(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _table(seq: int, dim: int) -> Tensor:
+    return torch.randn(seq, dim // 2, dtype=torch.bfloat16).repeat(1, 2)
+
+
+WORKLOADS = [
+    Workload("softmax [2048, 512]", "softmax", lambda: {"x": _rows(2048, 512)}, lambda x: x.softmax(-1)),
+    Workload("layer_norm [8192, 256]", "layer_norm", _norm(), _eager_norm(functional.layer_norm)),
+    Workload(
+        "dropout + residual + layer_norm",
+        "layer_norm",
+        _norm(True),
+        _eager_norm(functional.layer_norm),
+        unread=("x",),
+    ),
+    Workload("rms_norm [8192, 256]", "rms_norm", _norm(), _eager_norm(functional.rms_norm)),
+    Workload(
+        "dropout_add [2048, 512]",
+        "dropout_add",
+        lambda: {"x": _rows(2048, 512), "residual": _rows(2048, 512), "dropout_p": 0.1, "seed": 7},
+        lambda x, residual, dropout_p, seed: functional.dropout(x, dropout_p) + residual,
+    ),
+    Workload(
+        "bias + gelu_tanh [8192, 256]",
+        "bias_act",
+        lambda: {
+            "x": _rows(8192, 256),
+            "bias": torch.randn(256, dtype=torch.bfloat16),
+            "activation": "gelu_tanh",
+        },
+        lambda x, bias, activation: functional.gelu(x + bias, approximate="tanh"),
+    ),
+    Workload(
+        "glu, silu [2048, 512]",
+        "glu",
+        lambda: {"gate": _rows(2048, 512), "up": _rows(2048, 512)},
+        lambda gate, up: functional.silu(gate) * up,
+    ),
+    Workload(
+        "rope [2, 8, 512, 64]",
+        "rope",
+        lambda: {
+            "x": torch.randn(2, 8, 512, 64, dtype=torch.bfloat16),
+            "cos": _table(512, 64),
+            "sin": _table(512, 64),
+        },
+        _eager_rope,
+    ),
+    Workload(
+        "cross_entropy [64, 16384]",
+        "cross_entropy",
+        lambda: {"logits": _rows(64, 16384), "target": torch.randint(0, 16384, (64,))},
+        lambda logits, target: functional.cross_entropy(logits.float(), target),
+    ),
+    Workload(
+        "append_kv [4, 8, 64, 64]",
+        "append_kv",
+        lambda: {
+            "k": torch.randn(4, 8, 64, 64, dtype=torch.bfloat16),
+            "v": torch.randn(4, 8, 64, 64, dtype=torch.bfloat16),
+            "k_cache": torch.zeros(4, 8, 64, 64, dtype=torch.bfloat16),
+            "v_cache": torch.zeros(4, 8, 64, 64, dtype=torch.bfloat16),
+            "kv_lengths": torch.zeros(4, dtype=torch.int32),
+        },
+        lambda k, v, k_cache, v_cache, kv_lengths: k_cache.copy_(k) + v_cache.copy_(v),
+        backward=False,
+    ),
+]
+
+
+def measure(workload: Workload, arch: str = "sm_80") -> tuple[Movement, Movement | None]:
+    """Runs the raw op, and its backward if it has one, on the simulator; returns what each moved."""
+    op, given = OPS[workload.op], workload.arguments()
+    arguments = raw_arguments(workload.op, given)
+    profile = Profile()
+    with ptxsim.device(arch, profile), torch.no_grad():
+        outputs = op.forward["triton"](*arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    named = dict(zip(op.arguments, arguments, strict=True)) | dict(zip(op.outputs, outputs, strict=False))
+    written = [named[n] for n in op.written] or [t for t in outputs if t is not None]
+    read = [t for n, t in zip(op.arguments, arguments, strict=True) if n not in op.written]
+    forward = _movement(profile, read, written)
+    return forward, _backward(op, named, arch, workload.unread) if workload.backward else None
+
+
+def _backward(op, named: dict, arch: str, unread: tuple) -> Movement:
+    named |= {f"d{o}": torch.randn_like(named[o]) for o in op.outputs[: op.public] if named[o].numel()}
+    raw = op.backward["triton"]
+    wanted = [isinstance(named[op.arguments[a]], Tensor) for a in op.wanted]
+    named["needs"] = wanted
+    given = [named.get(a.name) for a in raw._schema.arguments]
+    profile = Profile()
+    with ptxsim.device(arch, profile), torch.no_grad():
+        gradients = raw(*given)
+    gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
+    read = [t for a, t in zip(raw._schema.arguments, given, strict=True) if a.name not in unread]
+    return _movement(profile, read, gradients)
+
+
+def raw_arguments(name: str, given: dict) -> tuple:
+    """The forward schema's arguments of a public call."""
+    bound = inspect.signature(getattr(ops, name)).bind(**given)
+    bound.apply_defaults()
+    values = {n: v for n, v in bound.arguments.items() if n != "backend"}
+    return OPS[name].check(**values)
+
+
+def _bytes(tensors) -> int:
+    known = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)}
+    return sum(known.values())
+
+
+def _movement(profile: Profile, read, written) -> Movement:
+    traffic = profile.memory_traffic.values()
+    largest = max(t.unique for t in traffic)
+    moved = sum(t.unique if t.unique * _SMALL <= largest else SECTOR * t.sectors for t in traffic)
+    return Movement(
+        moved,
+        _bytes(read) + _bytes(written),
+        _over_ideal(traffic),
+        _over_ideal(profile.shared_traffic.values()),
+        len(profile.launches),
+    )
+
+
+def _over_ideal(traffic) -> float:
+    total = Traffic(sum(t.sectors for t in traffic), sum(t.ideal for t in traffic))
+    return total.ratio
+
+
+class _Bytes(TorchDispatchMode):
+    """Counts what every torch op that computes reads and writes: tensors once each."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        made = [t for t in outputs if isinstance(t, Tensor)]
+        inputs = [
+            t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)
+        ]
+        views = {t.untyped_storage().data_ptr() for t in inputs}
+        writes = func._schema.is_mutable or any(t.untyped_storage().data_ptr() not in views for t in made)
+        if writes and "empty" not in str(func):
+            self.total += _bytes(inputs) + _bytes(made)
+        return result
+
+
+def eager_bytes(workload: Workload) -> int:
+    """What the same call moves as a graph of torch's own ops, forward and backward together."""
+    given = {
+        n: v.requires_grad_(workload.backward) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in workload.arguments().items()
+    }
+    with _Bytes() as counted:
+        y = workload.eager(**given)
+        if workload.backward:
+            inputs = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+            torch.autograd.grad(y, inputs, torch.ones_like(y), allow_unused=True)
+    return counted.total
+
+
+class Reads(NamedTuple):
+    """Bytes of keys and values that attention's forward read, what its tiles ask for, and each of them once."""
+
+    read: int
+    tiled: int
+    once: int
+    wavefronts: float
+
+
+def attention_reads(arch: str = "sm_80", causal: bool = True, seq: int = 512, dim: int = 64) -> Reads:
+    """Attention of [1, 4, seq, dim] in bfloat16: each tile of queries reads the tiles of keys that it sees."""
+    from fastlm_triton._attention_forward import forward_config
+
+    q, k, v = (torch.randn(1, 4, seq, dim, dtype=torch.bfloat16) for _ in range(3))
+    profile = Profile()
+    with ptxsim.device(arch, profile), torch.no_grad():
+        ops.attention(q, k, v, causal=causal, backend="triton")
+    (queries, keys), *_ = forward_config(int(arch[3:].rstrip("a")), torch.bfloat16, dim, seq)
+    tiles = range(0, seq, queries)
+    seen = sum(-(-(min(start + queries, seq) if causal else seq) // keys) * keys for start in tiles)
+    read = sum(t.sectors for (_, way, name), t in profile.memory_traffic.items() if name in ("k", "v"))
+    row = 2 * 4 * dim * 2  # keys and values, heads, bytes
+    return Reads(SECTOR * read, seen * row, seq * row, _over_ideal(profile.shared_traffic.values()))
+
+
+def table(arch: str = "sm_80") -> str:
+    """All of it, as a page shows it."""
+    head = ("op", "forward", "backward", "launches", "sectors", "wavefronts", "torch's own ops")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
+    for workload in WORKLOADS:
+        both = [m for m in measure(workload, arch) if m]
+        cells = [f"{m.ratio:.2f}" for m in both] + ["–"] * (2 - len(both))
+        cells.append(" + ".join(str(m.launches) for m in both))
+        cells += [f"{max(m.sectors for m in both):.2f}", f"{max(m.wavefronts for m in both):.2f}"]
+        cells.append(f"{eager_bytes(workload) / sum(m.least for m in both):.1f}")
+        lines.append(f"| {workload.title} | {' | '.join(cells)} |")
+    lines += ["", "| attention [1, 4, 512, 64], forward | K and V read | by its tiles | wavefronts |"]
+    lines.append("| --- | --- | --- | --- |")
+    for causal in (True, False):
+        found = attention_reads(arch, causal)
+        times = f"{found.read / found.once:.2f} times | {found.tiled / found.once:.2f} times"
+        lines.append(f"| {'causal' if causal else 'plain'} | {times} | {found.wavefronts:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m fastlm.testing.memory_bars")
+    parser.add_argument("--docs", type=Path, help="a page between whose markers the table goes")
+    given = parser.parse_args()
+    found = table()
+    print(found)
+    if given.docs:
+        replace_block(given.docs, "memory", found)
+
+
+if __name__ == "__main__":
+    main()

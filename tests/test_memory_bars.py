@@ -1,0 +1,64 @@
+"""Bytes, sectors and wavefronts of the Triton kernels, counted on the simulator, against their bars."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fastlm.testing import ptxsim
+from fastlm.testing.memory_bars import WORKLOADS, attention_reads, eager_bytes, measure
+from fastlm.testing.ptxsim.profile import Profile
+
+OFTEN = ("softmax [2048, 512]", "glu, silu [2048, 512]", "rope [2, 8, 512, 64]")
+
+
+def _points():
+    for workload in WORKLOADS:
+        marks = () if workload.title in OFTEN else (pytest.mark.gpu_model,)
+        yield pytest.param(workload, id=workload.op, marks=marks)
+
+
+@pytest.mark.parametrize("workload", _points())
+def test_a_kernel_moves_its_tensors_once_in_whole_sectors(workload):
+    for movement in filter(None, measure(workload)):
+        assert movement.ratio <= 1.05
+        assert movement.sectors == 1.0
+        assert movement.wavefronts <= 1.1
+
+
+@pytest.mark.parametrize("workload", _points())
+def test_torchs_own_ops_move_more(workload):
+    assert eager_bytes(workload) > 1.1 * sum(m.moved for m in measure(workload) if m)
+
+
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.gpu_model)])
+def test_attention_reads_keys_and_values_as_its_tiles_say(causal):
+    found = attention_reads("sm_80", causal)
+    assert found.read <= found.tiled
+    assert found.wavefronts <= 1.1
+
+
+def test_a_scattered_access_is_counted_as_one():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(x, y, STEP: tl.constexpr):
+        i = tl.arange(0, 128)
+        tl.store(y + i, tl.load(x + i * STEP))
+
+    ratios = []
+    for step in (1, 2, 8):
+        profile, x, y = Profile(), torch.zeros(1024), torch.empty(128)
+        with ptxsim.device("sm_80", profile):
+            copy[(1,)](x, y, step, num_warps=4)
+        ratios.append(profile.memory_traffic["copy", "read", "x"].ratio)
+    assert ratios == [1.0, 2.0, 8.0]
+
+
+def test_bytes_of_torchs_ops_are_those_of_their_tensors():
+    from fastlm.testing.memory_bars import _Bytes
+
+    x = torch.zeros(64, 64)
+    with _Bytes() as counted:
+        functional.relu(x).view(-1)
+    assert counted.total == 2 * 64 * 64 * 4
