@@ -45,12 +45,23 @@ def norm_forward_config(arch: int, cols: int) -> Config:
     return Config((max(1024 // width, 1), width), warps=max(width // 512, 4))
 
 
-def norm_backward_config(arch: int, cols: int) -> Config:
+# 16 warps may use all registers, and more than 128 a thread would leave only one program of 8 warps.
+REGISTERS = {"maxnreg": 128}
+
+
+def norm_backward_config(arch: int, cols: int, dropout: bool) -> Config:
     """(rows, columns), as forward, to 8192 columns.
 
     16 elements a thread of dy, n, weight and the two sums are 80 registers: 16 warps have 128, 32 only 64.
+    With dropout 8 elements, to 4096 columns: 16 spill on sm_90 and sm_120. Two stages: such registers leave
+    16 warps a multiprocessor, too few to wait for memory without the next rows on their way to shared memory
+    (at most 98 KB: float32, 8192 columns, dh).
     """
-    return norm_forward_config(arch, cols if cols <= 8192 else 16385)
+    width = max(triton.next_power_of_2(cols), 4)
+    if width > (4096 if dropout else 8192):
+        return Config((1, 4096), warps=8)
+    elements = 8 if dropout else 16
+    return Config((max(1024 // width, 1), width), warps=max(width // (32 * elements), 4), stages=2)
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
@@ -59,6 +70,7 @@ def norm_forward(
     weight_offset, seed, threshold: tl.uint32, scale, CENTERED: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
+    """A row, or several short ones."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -165,7 +177,9 @@ def norm_backward(
     dy, dy_stride, dh, dh_stride, h, h_stride, weight, mean_in, rstd_in, dx, dresidual, partials, rows,
     cols, each, weight_offset, seed, threshold: tl.uint32, scale, CENTERED: tl.constexpr,
     DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A block of `each` rows: dx, dresidual, and its sums of dweight and dbias in partials[block]."""
     block = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, COLS)
     dweight = tl.zeros([ROWS, COLS], tl.float32)
@@ -173,7 +187,7 @@ def norm_backward(
     w = 1.0
     if weight is not None:
         w = (tl.load(weight + col, col < cols, 0.0).to(tl.float32) + weight_offset)[None, :]
-    for start in range(0, each, ROWS):
+    for start in tl.range(0, each, ROWS, num_stages=STAGES):
         row = block * each + start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         d = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, 0.0).to(tl.float32)
@@ -292,7 +306,7 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
         return pass_on(dh, p, seed, dx, dresidual)
     read = (*as_rows(dy), *as_rows(dh), *as_rows(h))
     weighted_by, dropout = (parameter(weight), mean, rstd, dx, dresidual), dropout_of(p, seed)
-    config = config_for(norm_backward_config, h.device, cols)
+    config = config_for(norm_backward_config, h.device, cols, p > 0)
     if config.block[1] < cols:
         if dx is not None or dresidual is not None:
             norm_backward_long[(rows,)](
@@ -305,8 +319,8 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
         partials = torch.empty((programs, len(outs), cols), dtype=torch.float32, device=h.device)
         norm_backward[(programs,)](
             *read, *weighted_by, partials, rows, cols, each, weight_offset, *dropout, mean is not None,
-            dweight is not None, dbias is not None, *config.block, num_warps=config.warps,
-            **SUMS_ALIKE,
+            dweight is not None, dbias is not None, *config.block, config.stages, num_warps=config.warps,
+            **SUMS_ALIKE, **REGISTERS,
         )  # fmt: skip
     if outs:
         add_up(partials, outs, config_for(partials_config, h.device))

@@ -1,9 +1,9 @@
 """bias_act: y = dropout(act(x + bias)) over the last axis.
 
 Forward writes one tile per program. Backward starts from x again: dx = act'(x + bias) * dropout's factor *
-dy; a program goes down a block of rows in one band of columns and keeps dbias = sum(dx) in registers; a second
-kernel adds the blocks up. Bound by bytes: x (and dy) are read once, y (dx) is written once, and 4 bytes a
-column and block go to dbias and back.
+dy; a program goes down a block of rows in one band of columns and keeps dbias = sum(dx) in registers; a
+second kernel adds the blocks up. Bound by bytes: x (and dy) are read once, y (dx) is written once, and 4
+bytes a column and block go to dbias and back.
 Source: Hendrycks, Gimpel, https://arxiv.org/abs/1606.08415; the mask: _philox.py.
 """
 
@@ -34,6 +34,7 @@ def bias_act_forward(
     x, x_stride, bias, y, rows, cols, seed, threshold: tl.uint32, scale, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """One tile of y."""
     first_row, first_col = tile_of(cols, ROWS, COLS)
     row, col = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -51,6 +52,7 @@ def bias_act_backward(
     dy, dy_stride, x, x_stride, bias, dx, partials, rows, cols, each, seed, threshold: tl.uint32, scale,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows in one band of columns: dx, and partials[block] = sum(dx) if they are not None."""
     block, first_col = tile_of(cols, 1, COLS)
     col = first_col + tl.arange(0, COLS)
     in_cols = (col < cols)[None, :]

@@ -16,6 +16,7 @@ def dropout_add(
     x, x_stride, residual, residual_stride, y, rows, cols, seed, threshold: tl.uint32, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """One tile of y."""
     first_row, first_col = tile_of(cols, ROWS, COLS)
     row, col = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]

@@ -28,39 +28,66 @@ def softmax_config(arch: int, cols: int) -> Config:
 
 
 @triton.jit
-def mask_starts(row, sizes, strides):
-    """Where rows start in a mask of these leading sizes, innermost first."""
+def vector_of(x):
+    """Elements of 16 bytes."""
+    return 128 // x.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
+def attended(row, col, rows, cols, VECTOR: tl.constexpr, CAUSAL: tl.constexpr):
+    """(what may be read, what counts) of rows [R] and columns [C]: boolean [R, C] each.
+
+    They differ in the last vector of a causal row: whole, it is one access of 16 bytes.
+    """
+    row = row.to(rows.dtype)  # 32 bits where they do: dividing 64 takes several times as long
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    if CAUSAL:
+        last = (row % cols)[:, None]
+        return inside & ((col // VECTOR * VECTOR)[None, :] <= last), inside & (col[None, :] <= last)
+    return inside, inside
+
+
+@triton.jit
+def kept(row, col, inside, rows, mask, sizes, strides, col_stride, TOGETHER: tl.constexpr):
+    """The mask of rows [R] and columns [C], False outside: boolean [R, C].
+
+    sizes, strides: of its leading axes, innermost first. TOGETHER: how many columns lie side by side and are
+    read at once: as many as of x, for with the 16 that 16 bytes are, threads would own other columns than x's
+    accesses like best, and exchange them before y is stored.
+    """
+    row = row.to(rows.dtype)
     start = (row * 0).to(tl.int64)
     for k in tl.static_range(len(sizes)):
         start += (row % sizes[k]).to(tl.int64) * strides[k]
         row = row // sizes[k]
-    return start
+    at = start[:, None] + col[None, :].to(tl.int64) * col_stride
+    if TOGETHER > 1:
+        at = tl.max_contiguous(at, [1, TOGETHER])
+    return tl.load(mask + at, inside, 0).to(tl.int1)
 
 
 @triton.jit
-def attended(row, col, rows, cols, mask, sizes, strides, col_stride, CAUSAL: tl.constexpr):
-    """(what may be read, what counts) of rows [R] and columns [C]: boolean [R, C] each."""
-    row = row.to(rows.dtype)  # 32 bits where they do: dividing 64 takes several times as long
-    inside = (row < rows)[:, None] & (col < cols)[None, :]
-    if CAUSAL:
-        inside = inside & (col[None, :] <= (row % cols)[:, None])
-    counts = inside
+def scores(
+    x, x_stride, scale, mask, sizes, strides, col_stride, row, col, rows, cols, TOGETHER: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """scale * x, -inf where excluded, of rows [R] and columns [C]."""
+    inside, counts = attended(row, col, rows, cols, vector_of(x), CAUSAL)
+    s = tl.load(x + row[:, None] * x_stride + col[None, :], inside, 0.0).to(tl.float32) * scale
     if mask is not None:
-        at = mask_starts(row, sizes, strides)[:, None] + col[None, :].to(tl.int64) * col_stride
-        counts = tl.load(mask + at, inside, 0).to(tl.int1)
-    return inside, counts
+        counts = counts & kept(row, col, inside, rows, mask, sizes, strides, col_stride, TOGETHER)
+    return tl.where(counts, s, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def softmax_forward(
-    x, x_stride, scale, mask, sizes, strides, col_stride, y, rows, cols, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, x_stride, scale, mask, sizes, strides, col_stride, y, rows, cols, TOGETHER: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A row, or several short ones."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    inside, counts = attended(row, col, rows, cols, mask, sizes, strides, col_stride, CAUSAL)
-    s = tl.load(x + row[:, None] * x_stride + col[None, :], inside, 0.0).to(tl.float32) * scale
-    s = tl.where(counts, s, -float("inf"))
+    s = scores(x, x_stride, scale, mask, sizes, strides, col_stride, row, col, rows, cols, TOGETHER, CAUSAL)
     highest = tl.max(s, 1)
     e = tl.exp(s - tl.where(highest == -float("inf"), 0.0, highest)[:, None])
     total = tl.sum(e, 1)
@@ -69,20 +96,21 @@ def softmax_forward(
     tl.store(y + row[:, None] * cols + col[None, :], e.to(y.dtype.element_ty), written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def softmax_forward_long(
-    x, x_stride, scale, mask, sizes, strides, col_stride, y, rows, cols, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, x_stride, scale, mask, sizes, strides, col_stride, y, rows, cols, TOGETHER: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """One row: maximum and sum of every column of the tile, joined after the first reading."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     last = tl.program_id(0) % cols + 1 if CAUSAL else cols
     highest = tl.full([1, COLS], -float("inf"), tl.float32)
     total = tl.zeros([1, COLS], tl.float32)
     for start in range(0, last, COLS):
         col = start + tl.arange(0, COLS)
-        inside, counts = attended(row, col, rows, cols, mask, sizes, strides, col_stride, CAUSAL)
-        s = tl.load(x + row[:, None] * x_stride + col[None, :], inside, 0.0).to(tl.float32) * scale
-        s = tl.where(counts, s, -float("inf"))
+        s = scores(
+            x, x_stride, scale, mask, sizes, strides, col_stride, row, col, rows, cols, TOGETHER, CAUSAL
+        )  # fmt: skip
         higher = tl.maximum(highest, s)
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(highest - shift) + tl.exp(s - shift)
@@ -93,10 +121,20 @@ def softmax_forward_long(
     inverse = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))[:, None]
     for start in range(0, cols, COLS):
         col = start + tl.arange(0, COLS)
-        inside, counts = attended(row, col, rows, cols, mask, sizes, strides, col_stride, CAUSAL)
-        s = tl.load(x + row[:, None] * x_stride + col[None, :], inside, 0.0).to(tl.float32) * scale
-        e = tl.exp(tl.where(counts, s, -float("inf")) - shift) * inverse
+        s = scores(
+            x, x_stride, scale, mask, sizes, strides, col_stride, row, col, rows, cols, TOGETHER, CAUSAL
+        )  # fmt: skip
+        e = tl.exp(s - shift) * inverse
         tl.store(y + row[:, None] * cols + col[None, :], e.to(y.dtype.element_ty), (col < cols)[None, :])
+
+
+@triton.jit
+def gradients(dy, dy_stride, y, y_stride, row, col, rows, cols, CAUSAL: tl.constexpr):
+    """(dy, y), 0 where excluded, of rows [R] and columns [C]."""
+    inside, counts = attended(row, col, rows, cols, vector_of(y), CAUSAL)
+    p = tl.load(y + row[:, None] * y_stride + col[None, :], inside, 0.0).to(tl.float32)
+    g = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, 0.0).to(tl.float32)
+    return tl.where(counts, g, 0.0), p
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -104,11 +142,10 @@ def softmax_backward(
     dy, dy_stride, y, y_stride, scale, dx, rows, cols, CAUSAL: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
+    """A row, or several short ones."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    inside, _ = attended(row, col, rows, cols, None, (), (), 0, CAUSAL)
-    p = tl.load(y + row[:, None] * y_stride + col[None, :], inside, 0.0).to(tl.float32)
-    g = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, 0.0).to(tl.float32)
+    g, p = gradients(dy, dy_stride, y, y_stride, row, col, rows, cols, CAUSAL)
     d = scale * p * (g - tl.sum(g * p, 1)[:, None])
     written = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(dx + row[:, None] * cols + col[None, :], d.to(dx.dtype.element_ty), written)
@@ -119,21 +156,19 @@ def softmax_backward_long(
     dy, dy_stride, y, y_stride, scale, dx, rows, cols, CAUSAL: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
+    """One row."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     last = tl.program_id(0) % cols + 1 if CAUSAL else cols
     sums = tl.zeros([1, COLS], tl.float32)
     for start in range(0, last, COLS):
         col = start + tl.arange(0, COLS)
-        inside, _ = attended(row, col, rows, cols, None, (), (), 0, CAUSAL)
-        p = tl.load(y + row[:, None] * y_stride + col[None, :], inside, 0.0).to(tl.float32)
-        sums += p * tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, 0.0).to(tl.float32)
-    mean = tl.sum(sums, 1)[:, None]
+        g, p = gradients(dy, dy_stride, y, y_stride, row, col, rows, cols, CAUSAL)
+        sums += g * p
+    total = tl.sum(sums, 1)[:, None]
     for start in range(0, cols, COLS):
         col = start + tl.arange(0, COLS)
-        inside, _ = attended(row, col, rows, cols, None, (), (), 0, CAUSAL)
-        p = tl.load(y + row[:, None] * y_stride + col[None, :], inside, 0.0).to(tl.float32)
-        g = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, 0.0).to(tl.float32)
-        d = scale * p * (g - mean)
+        g, p = gradients(dy, dy_stride, y, y_stride, row, col, rows, cols, CAUSAL)
+        d = scale * p * (g - total)
         tl.store(dx + row[:, None] * cols + col[None, :], d.to(dx.dtype.element_ty), (col < cols)[None, :])
 
 
@@ -158,13 +193,14 @@ def forward(x, scale, mask, causal):
         return y
     cols = x.shape[-1] if x.dim() else 1
     rows = y.numel() // cols
-    keep = (None, (), (), 0)
+    keep, together = (None, (), (), 0), 1
     if mask is not None:
         keep = (mask, *joined(mask), mask.stride(-1) if mask.dim() else 0)
+        together = 16 // x.element_size() if keep[3] == 1 else 1
     config = config_for(softmax_config, x.device, cols)
     kernel = softmax_forward if config.block[1] >= cols else softmax_forward_long
     kernel[(triton.cdiv(rows, config.block[0]),)](
-        *as_rows(x), scale, *keep, y, rows, cols, causal, *config.block, num_warps=config.warps,
+        *as_rows(x), scale, *keep, y, rows, cols, together, causal, *config.block, num_warps=config.warps,
         **SUMS_ALIKE,
     )  # fmt: skip
     return y
