@@ -404,7 +404,7 @@ def test_tritons_matmul_is_right(arch, dtype, cols, depth, turned):
     assert torch.equal(c.double(), a.double() @ b.double())
 
 
-# PTX ISA, wgmma.mma_async with a in registers: "wgmma.mma_async.sync.aligned.shape.dtype.bf16.bf16 d, a, b-desc,
+# PTX ISA, wgmma.mma_async, a in registers: "wgmma.mma_async.sync.aligned.shape.dtype.bf16.bf16 d, a, b-desc,
 # scale-d, imm-scale-a, imm-scale-b, imm-trans-b": nothing says how a lies.
 WGMMA = """.version 8.7
 .target sm_90a
