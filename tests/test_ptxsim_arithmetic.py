@@ -202,3 +202,16 @@ def test_the_model_encodes_what_it_decodes():
         for bits in range(0, 1 << 16, 3):
             x = decode(bits, kind)
             assert x != x or encode(x, kind) == bits
+
+
+def test_mov_gives_the_bytes_of_a_register_the_lowest_first():
+    """Section "Data Movement and Conversion Instructions: mov": a.x = d & 0xff, a.y = (d >> 8) & 0xff ..."""
+    x, y = torch.tensor([0x7F80FF01, -2] * 16, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+    body = """{ .reg .s8 s<4>; .reg .b32 q<4>;
+    ld.param.u64 %d1, [x]; mul.wide.u32 %d2, %r90, 4; add.s64 %d1, %d1, %d2; ld.global.b32 %r1, [%d1];
+    mov.b32 {s0, s1, s2, s3}, %r1;
+    cvt.s32.s8 q0, s0; cvt.s32.s8 q1, s1; cvt.s32.s8 q2, s2; cvt.s32.s8 q3, s3;
+    ld.param.u64 %d3, [y]; mul.wide.u32 %d2, %r90, 16; add.s64 %d3, %d3, %d2;
+    st.global.v4.b32 [%d3], {q0, q1, q2, q3}; ret; }\n}"""
+    run(HEAD.format(params=".param .u64 x, .param .u64 y") + body, (1, 1, 1), (32, 1, 1), [x, y])
+    assert y.tolist() == [1, -1, -128, 127, -2, -1, -1, -1] * 16

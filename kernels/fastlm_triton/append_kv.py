@@ -1,10 +1,10 @@
 """append_kv: token s of sequence b goes to slot lengths[b] + s of the cache, or nowhere where there is none.
 
 Quantised: scale = max|x| / 127 of each token and head, q = rint(x / scale), half to even; q = 0 where scale
-is 0, infinite or NaN. A program takes rows (a row is one token of one head) of keys and of values; a row stays
-in registers. Bound by bytes: k and v are read once and written once. Lengths and page numbers are looked at on
-the device: a number outside its range drops the token, and nothing is written. Source of the pages: Kwon et
-al., "PagedAttention", https://arxiv.org/abs/2309.06180.
+is 0, infinite or NaN. A program takes rows (one token of one head each) of keys and of values, in registers.
+Bound by bytes: k and v are read once and written once. Lengths and page numbers are looked at on the device:
+a number outside its range drops the token, and nothing is written. Strides and widths come in units of UNIT
+elements, 16 bytes or one. Source: Kwon et al., "PagedAttention", https://arxiv.org/abs/2309.06180.
 """
 
 import torch
@@ -12,6 +12,13 @@ import triton
 import triton.language as tl
 
 from ._config import Config, config_for
+from ._kv_cache import readable_rows, strides_in, unit_of
+
+_SCALARS = (  # arguments whose values say nothing about how to compile
+    *("k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "kc_b", "kc_h", "kc_s", "vc_b", "vc_h", "vc_s"),
+    *("ks_b", "ks_h", "ks_s", "vs_b", "vs_h", "vs_s", "table_b"),
+    *("rows", "kv_heads", "tokens", "dim", "value_dim", "pages", "page", "capacity"),
+)
 
 
 def append_config(arch: int, dim: int) -> Config:
@@ -20,114 +27,73 @@ def append_config(arch: int, dim: int) -> Config:
 
 
 @triton.jit
-def _append(source, source_at, cache, cache_at, scales, scales_at, batch, head, token, number, slot, inside, dim,
-            BLOCK_D: tl.constexpr):  # fmt: skip
-    cols = tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (cols < dim)
-    at = batch * source_at[0] + head * source_at[1] + token * source_at[2]
-    x = tl.load(source + at[:, None] + cols, mask=mask, other=0.0)
+def _append(source, source_at, cache, cache_at, scales, scales_at, inside, width, BLOCK: tl.constexpr):
+    """Copies or quantises rows: source_at, cache_at and scales_at say where each begins."""
+    cols = tl.arange(0, BLOCK)
+    mask = inside[:, None] & (cols < width)
+    x = tl.load(source + source_at[:, None] + cols, mask=mask, other=0.0)
     if scales is not None:
         x = x.to(tl.float32)
-        # among bit patterns NaN is the largest of all
-        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(top, 127.0)
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # among bit patterns NaN is the largest
+        scale = tl.div_rn(top.to(tl.float32, bitcast=True), 127.0)
         usable = (scale > 0) & (scale < float("inf"))
         x = tl.div_rn(x, tl.where(usable, scale, 1.0)[:, None])
-        x = tl.where(usable[:, None], x + 12582912.0 - 12582912.0, 0.0)  # 1.5 * 2^23 rounds half to even
-        x = x.to(tl.int32)
-        at = number * scales_at[0] + head * scales_at[1] + slot * scales_at[2]
-        tl.store(scales + at, scale, mask=inside)
-    at = number * cache_at[0] + head * cache_at[1] + slot * cache_at[2]
-    tl.store(cache + at[:, None] + cols, x.to(cache.dtype.element_ty), mask=mask)
+        x = tl.where(usable[:, None], x + 12582912.0 - 12582912.0, 0.0).to(
+            tl.int32
+        )  # 1.5 * 2^23: half to even
+        tl.store(scales + scales_at, scale, mask=inside)
+    tl.store(cache + cache_at[:, None] + cols, x.to(cache.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "pages", "capacity"])
-def _append_kernel(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    k_scale,
-    v_scale,
-    lengths,
-    table,
-    k_at,
-    v_at,
-    k_cache_at,
-    v_cache_at,
-    k_scale_at,
-    v_scale_at,
-    table_at,
-    rows,
-    kv_heads,
-    tokens,
-    dim,
-    value_dim,
-    pages,
-    page,
-    capacity,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+@triton.jit(do_not_specialize=_SCALARS)
+def append_kernel(
+    k, v, k_cache, v_cache, k_scale, v_scale, lengths, table,
+    k_b, k_h, k_s, v_b, v_h, v_s, kc_b, kc_h, kc_s, vc_b, vc_h, vc_s, ks_b, ks_h, ks_s, vs_b, vs_h, vs_s,
+    table_b, rows, kv_heads, tokens, dim, value_dim, pages, page, capacity,
+    UNIT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Program: BR rows of [batch, kv_heads, tokens]."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = row < rows
-    token = row % tokens
-    head = row // tokens % kv_heads
-    batch = row // tokens // kv_heads
+    token, head, batch = row % tokens, row // tokens % kv_heads, row // tokens // kv_heads
     position = tl.load(lengths + batch, mask=inside, other=-1) + token
     inside &= (position >= 0) & (position < capacity)
     if table is None:
         number, slot = batch, position
     else:
-        entry = table + batch * table_at + position // page
+        entry = table + batch * table_b + position // page
         number = tl.load(entry, mask=inside, other=-1).to(tl.int64)
         inside &= (number >= 0) & (number < pages)
         slot = position % page
-    _append(k, k_at, k_cache, k_cache_at, k_scale, k_scale_at, batch, head, token, number, slot, inside, dim, BLOCK_D)  # fmt: skip
-    _append(v, v_at, v_cache, v_cache_at, v_scale, v_scale_at, batch, head, token, number, slot, inside, value_dim, BLOCK_V)  # fmt: skip
+    source_at = (batch * k_b + head * k_h + token * k_s) * UNIT
+    cache_at = (number * kc_b + head * kc_h + slot * kc_s) * UNIT
+    scales_at = number * ks_b + head * ks_h + slot * ks_s
+    _append(k, source_at, k_cache, cache_at, k_scale, scales_at, inside, dim * UNIT, BD)
+    source_at = (batch * v_b + head * v_h + token * v_s) * UNIT
+    cache_at = (number * vc_b + head * vc_h + slot * vc_s) * UNIT
+    scales_at = number * vs_b + head * vs_h + slot * vs_s
+    _append(v, source_at, v_cache, cache_at, v_scale, scales_at, inside, value_dim * UNIT, BV)
 
 
 def forward(k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale):
     """The raw op fastlm::append_kv: writes into the caches and their scales."""
     written = [t for t in (k_cache, v_cache, k_scale, v_scale) if t is not None]
-    torch.autograd.graph.increment_version(written)  # autograd must see that a saved cache is another now
-    k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (k, v))
-    lengths = kv_lengths.contiguous()
+    torch.autograd.graph.increment_version(
+        written
+    )  # what autograd saved of a cache must not be used any more
+    k, v, lengths = readable_rows(k), readable_rows(v), kv_lengths.contiguous()
     table = None if block_table is None else block_table.contiguous()
     batch, kv_heads, tokens, dim = k.shape
     pages, _, page, value_dim = v_cache.shape
     rows = batch * kv_heads * tokens
     if rows == 0:
         return
+    per_sequence, unit = 1 if table is None else table.shape[1], unit_of(k, v, k_cache, v_cache)
     block_d, block_v = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
-    config = config_for(append_config, k.device, max(block_d, block_v))
-    _append_kernel[(triton.cdiv(rows, config.block[0]),)](
-        k,
-        v,
-        k_cache,
-        v_cache,
-        k_scale,
-        v_scale,
-        lengths,
-        table,
-        k.stride()[:3],
-        v.stride()[:3],
-        k_cache.stride()[:3],
-        v_cache.stride()[:3],
-        None if k_scale is None else k_scale.stride(),
-        None if v_scale is None else v_scale.stride(),
-        None if table is None else table.shape[1],
-        rows,
-        kv_heads,
-        tokens,
-        dim,
-        value_dim,
-        pages,
-        page,
-        page if table is None else page * table.shape[1],
-        config.block[0],
-        block_d,
-        block_v,
-        num_warps=config.warps,
-    )
+    (block_r,), warps, _ = config_for(append_config, k.device, max(block_d, block_v))
+    append_kernel[(triton.cdiv(rows, block_r),)](
+        k, v, k_cache, v_cache, k_scale, v_scale, lengths, table,
+        *strides_in(unit, k, v, k_cache, v_cache), *strides_in(1, k_scale, v_scale), per_sequence,
+        rows, kv_heads, tokens, dim // unit, value_dim // unit, pages, page, page * per_sequence,
+        unit, block_r, block_d, block_v, num_warps=warps,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from .errors import UnknownInstruction
 from .forms import form_of
 from .parse import Block, Instruction, Operand, Program
 
-_CANONICAL = {"pred": "p", "b16": "u2", "b32": "u4", "b64": "u8"}
+_CANONICAL = {"pred": "p", "b8": "u2", "b16": "u2", "b32": "u4", "b64": "u8"}  # a byte: low in 16 bits
 _CACHE = r"(?:\.L1::(?:evict_first|evict_last|no_allocate)|\.L2::cache_hint|\.L2::(?:64|128|256)B)*"
 _LOAD = re.compile(rf"ld\.(global(?:\.nc)?|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
 _STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
@@ -223,6 +223,11 @@ class _Block:
             ("u8", "u4", "words", "joined_words") if wide else ("u4", "u2", "halves", "joined")
         )
         if to.kind == "vector":
+            if len(to.value) == 4 and not wide and not i.guard:
+                for n, operand in enumerate(to.value):
+                    byte = f"({self._read(source, 'u4')} >> U4({8 * n}) & U4(255)).astype(U2)"
+                    self._write(operand, "u2", byte)
+                return
             if len(to.value) != 2 or i.guard:
                 raise UnknownInstruction(f"line {i.line}: {i.text}")
             self.lines.append(f"low, high_ = {split}({self._read(source, whole)})")

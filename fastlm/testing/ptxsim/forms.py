@@ -206,6 +206,8 @@ def _conversions() -> None:
                 _add(f"cvt.{rounding}.{kind}.{to}", t, f, integer)
                 if to == "f32":
                     _add(f"cvt.{rounding}.ftz.{kind}.{to}", t, f, integer.replace("{0}", "flush({0})"))
+    for kind in ("s16", "u16", "s32", "u32"):  # exact in f64, so rounded once
+        _add(f"cvt.rn.f16.{kind}", "f2", _INTEGERS[kind], "{0}.astype(F8).astype(F2)")
     for rounding, function in _ROUND.items():
         _add(f"cvt.{rounding}.f32.f32", "f4", "f4", f"{function}({{0}})")
         _add(f"cvt.{rounding}.ftz.f32.f32", "f4", "f4", f"{function}(flush({{0}}))")
