@@ -17,15 +17,15 @@ def _points():
         yield pytest.param(workload, id=workload.op, marks=marks)
 
 
-@pytest.mark.parametrize("workload", _points())
+@pytest.mark.parametrize("workload", list(_points()))
 def test_a_kernel_moves_its_tensors_once_in_whole_sectors(workload):
     for movement in filter(None, measure(workload)):
         assert movement.ratio <= 1.05
-        assert movement.sectors == 1.0
+        assert round(movement.sectors, 2) == 1.0
         assert movement.wavefronts <= 1.1
 
 
-@pytest.mark.parametrize("workload", _points())
+@pytest.mark.parametrize("workload", list(_points()))
 def test_torchs_own_ops_move_more(workload):
     assert eager_bytes(workload) > 1.1 * sum(m.moved for m in measure(workload) if m)
 

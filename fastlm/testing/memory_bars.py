@@ -102,11 +102,11 @@ WORKLOADS = [
         lambda x, residual, dropout_p, seed: functional.dropout(x, dropout_p) + residual,
     ),
     Workload(
-        "bias + gelu_tanh [8192, 256]",
+        "bias + gelu_tanh [16384, 128]",
         "bias_act",
         lambda: {
-            "x": _rows(8192, 256),
-            "bias": torch.randn(256, dtype=torch.bfloat16),
+            "x": _rows(16384, 128),
+            "bias": torch.randn(128, dtype=torch.bfloat16),
             "activation": "gelu_tanh",
         },
         lambda x, bias, activation: functional.gelu(x + bias, approximate="tanh"),
@@ -245,7 +245,7 @@ def eager_bytes(workload: Workload) -> int:
 
 
 class Reads(NamedTuple):
-    """Bytes of keys and values that attention's forward read, what its tiles ask for, and each of them once."""
+    """Bytes of keys and values: what attention's forward read, what its tiles ask for, each of them once."""
 
     read: int
     tiled: int
@@ -254,7 +254,7 @@ class Reads(NamedTuple):
 
 
 def attention_reads(arch: str = "sm_80", causal: bool = True, seq: int = 512, dim: int = 64) -> Reads:
-    """Attention of [1, 4, seq, dim] in bfloat16: each tile of queries reads the tiles of keys that it sees."""
+    """Of attention over [1, 4, seq, dim] in bfloat16: a tile of queries reads the tiles of keys it sees."""
     from fastlm_triton._attention_forward import forward_config
 
     q, k, v = (torch.randn(1, 4, seq, dim, dtype=torch.bfloat16) for _ in range(3))
