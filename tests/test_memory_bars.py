@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from fastlm.testing import ptxsim
-from fastlm.testing.memory_bars import WORKLOADS, attention_reads, eager_bytes, measure
+from fastlm.testing.memory_bars import WORKLOADS, attention_reads, eager_bytes, matrix_kernels, measure
 from fastlm.testing.ptxsim.profile import Profile
 
 OFTEN = ("softmax [2048, 512]", "glu, silu [2048, 512]", "rope [2, 8, 512, 64]")
@@ -35,6 +35,12 @@ def test_attention_reads_keys_and_values_as_its_tiles_say(causal):
     found = attention_reads("sm_80", causal)
     assert found.read <= found.tiled
     assert found.wavefronts <= 1.1
+
+
+@pytest.mark.gpu_model
+def test_kernels_with_matrix_products_meet_no_bank_conflicts():
+    for kernel, (sectors, wavefronts) in matrix_kernels().items():
+        assert sectors <= 1.05 and wavefronts <= 1.1, kernel
 
 
 def test_a_scattered_access_is_counted_as_one():

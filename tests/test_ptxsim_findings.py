@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlm.testing.ptxsim import SimulationError, UnknownInstruction, run
+from fastlm.testing.ptxsim.profile import Profile
 
 HEAD = """
 .version 8.0
@@ -29,10 +30,18 @@ add.s64 %rd5, %rd2, %rd3;    // &y[tid]
 """
 
 
-def execute(body, threads=64, shared=256, n=64):
+def execute(body, threads=64, shared=256, n=64, profile=None):
     """y after the kernel, with x = 0, 1, ..., 63 and y = -1."""
     x, y = torch.arange(64, dtype=torch.int32), torch.full((64,), -1, dtype=torch.int32)
-    run(HEAD + body + "\nret;\n}", (1, 1, 1), (threads, 1, 1), [x, y, struct.pack("<i", n)], shared)
+    run(
+        HEAD + body + "\nret;\n}",
+        (1, 1, 1),
+        (threads, 1, 1),
+        [x, y, struct.pack("<i", n)],
+        shared,
+        None,
+        profile,
+    )
     return y
 
 
@@ -207,6 +216,14 @@ def test_float64_is_divided_to_the_nearest():
     """
     low = [struct.unpack("<i", struct.pack("<d", t / 3)[:4])[0] for t in range(64)]
     assert execute(body).tolist() == low
+
+
+@pytest.mark.parametrize(("step", "ways"), [(1, 1), (2, 2), (4, 4), (32, 32), (33, 1)])
+def test_threads_that_meet_in_a_bank_take_turns(step, ways):
+    profile = Profile()
+    body = f"mul.lo.u32 %r5, %r1, {4 * step}; add.s32 %r5, %r2, %r5; st.shared.b32 [%r5], %r1;"
+    execute(body, threads=32, shared=32 * 4 * step, profile=profile)
+    assert profile.shared_traffic["kernel"].ratio == ways
 
 
 @pytest.mark.parametrize(

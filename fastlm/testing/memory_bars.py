@@ -75,9 +75,21 @@ def _eager_norm(norm: Callable) -> Callable:
     return eager
 
 
+def _eager_rms_norm(x, shape, weight):
+    """As Hugging Face's Llama writes it."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 def _eager_rope(x, cos, sin):
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _eager_decode(q, k_cache, v_cache, kv_lengths):
+    """Keys and values repeated for every query head, matmul, softmax, matmul."""
+    k, v = (c.repeat_interleave(4, 1) for c in (k_cache, v_cache))
+    return (q @ k.transpose(2, 3) / 8).softmax(-1) @ v
 
 
 def _table(seq: int, dim: int) -> Tensor:
@@ -94,7 +106,7 @@ WORKLOADS = [
         _eager_norm(functional.layer_norm),
         unread=("x",),
     ),
-    Workload("rms_norm [8192, 256]", "rms_norm", _norm(), _eager_norm(functional.rms_norm)),
+    Workload("rms_norm [8192, 256]", "rms_norm", _norm(), _eager_norm(_eager_rms_norm)),
     Workload(
         "dropout_add [2048, 512]",
         "dropout_add",
@@ -144,6 +156,18 @@ WORKLOADS = [
             "kv_lengths": torch.zeros(4, dtype=torch.int32),
         },
         lambda k, v, k_cache, v_cache, kv_lengths: k_cache.copy_(k) + v_cache.copy_(v),
+        backward=False,
+    ),
+    Workload(
+        "decode_attention [4, 8, 1, 64] over 4096",
+        "decode_attention",
+        lambda: {
+            "q": torch.randn(4, 8, 1, 64, dtype=torch.bfloat16),
+            "k_cache": torch.randn(4, 2, 4096, 64, dtype=torch.bfloat16),
+            "v_cache": torch.randn(4, 2, 4096, 64, dtype=torch.bfloat16),
+            "kv_lengths": torch.full((4,), 4096, dtype=torch.int32),
+        },
+        _eager_decode,
         backward=False,
     ),
 ]
@@ -269,6 +293,26 @@ def attention_reads(arch: str = "sm_80", causal: bool = True, seq: int = 512, di
     return Reads(SECTOR * read, seen * row, seq * row, _over_ideal(profile.shared_traffic.values()))
 
 
+def matrix_kernels(arch: str = "sm_80") -> dict[str, tuple[float, float]]:
+    """(sectors, wavefronts) over ideal of each kernel with a matrix product, at sizes of several tiles."""
+    profile = Profile()
+    q, k, v = (torch.randn(1, 2, 256, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    x, w1, w2 = (
+        torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
+        for shape in ((128, 128), (256, 128), (128, 256))
+    )
+    with ptxsim.device(arch, profile):
+        ops.attention(q, k, v, causal=True, backend="triton").sum().backward()
+        ops.feed_forward(x, w1, None, w2, None, backend="triton").sum().backward()
+    shares: dict[str, list] = {}
+    for (kernel, _, _), traffic in profile.memory_traffic.items():
+        shares.setdefault(kernel, []).append(traffic)
+    return {
+        kernel: (_over_ideal(traffic), profile.shared_traffic[kernel].ratio)
+        for kernel, traffic in shares.items()
+    }
+
+
 def table(arch: str = "sm_80") -> str:
     """All of it, as a page shows it."""
     head = ("op", "forward", "backward", "launches", "sectors", "wavefronts", "torch's own ops")
@@ -286,6 +330,8 @@ def table(arch: str = "sm_80") -> str:
         found = attention_reads(arch, causal)
         times = f"{found.read / found.once:.2f} times | {found.tiled / found.once:.2f} times"
         lines.append(f"| {'causal' if causal else 'plain'} | {times} | {found.wavefronts:.2f} |")
+    lines += ["", "| kernel | sectors | wavefronts |", "| --- | --- | --- |"]
+    lines += [f"| {k} | {s:.2f} | {w:.2f} |" for k, (s, w) in matrix_kernels(arch).items()]
     return "\n".join(lines)
 
 

@@ -106,11 +106,14 @@ def _compiled(binary: bytes) -> Compiled:
     return compile_program(parse(binary.decode()))
 
 
-def run(text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0, name=None) -> None:
+def run(
+    text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0, name=None, profile=None
+) -> None:
     """Runs a kernel given as PTX.
 
     grid, threads: three sizes each. arguments: CPU tensors, and numbers as bytes of their parameter's size.
-    shared: bytes of a block beside what the text declares. name: of the kernel, if there are several.
+    shared: bytes of a block beside what the text declares. name: of the kernel, if there are several. profile:
+    a Profile that counts every access, or None.
     Raises: UnknownInstruction, SimulationError.
     """
     compiled, memory = compile_program(parse(text, name)), Allocations()
@@ -121,7 +124,9 @@ def run(text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0
             add_tensor(memory, f"argument {offset}", argument)
             argument = struct.pack("<Q", argument.data_ptr())
         packed[offset : offset + size] = argument
-    launch(compiled, grid, threads, compiled.program.static_shared + shared, bytes(packed), memory)
+    if profile is not None:
+        profile.start(compiled.program.name, grid, threads)
+    launch(compiled, grid, threads, compiled.program.static_shared + shared, bytes(packed), memory, profile)
 
 
 class Simulate:
