@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ._philox import dropout_words
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = 1.4426950408889634
 _UNLIMITED = 1 << 30  # more keys than there are; with a row added it is still an int32
 
 SCALARS = (  # arguments whose values say nothing about how to compile
@@ -34,11 +33,17 @@ def has_100_kb(arch: int) -> bool:
 
 
 @triton.jit
+def in_log2(x):
+    """x in units of log 2; as a global constant the factor would be compared at every launch."""
+    return x * 1.4426950408889634
+
+
+@triton.jit
 def _tanh(x):
     """tanh to 2 ulp: a polynomial, fitted on [0, 0.625], where 1 - 2 / (e^2x + 1) would cancel."""
     y = x * x
     p = -0.3333328068 + y * (0.1333138347 + y * (-0.0537354685 + y * (0.0206267275 - y * 0.0056924275)))
-    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(in_log2(tl.abs(x) * 2.0)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, x + x * y * p, tl.where(x < 0, -large, large))
 
 
@@ -124,7 +129,7 @@ def scores_of(qk, i, j, nq, nk, factor, cap, shift, slope, bias, bias_q, bias_k,
     if bias is not None:
         at = bias + i.to(tl.int64) * bias_q + j.to(tl.int64) * bias_k
         b = tl.load(at, mask=(i < nq) & (j < nk), other=0.0).to(tl.float32)
-        s = tl.where(b == float("-inf"), float("-inf"), s + b * LOG2E)
+        s = tl.where(b == float("-inf"), float("-inf"), s + in_log2(b))
     return s, bent
 
 
@@ -209,7 +214,7 @@ def _broadcast_strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def problem_of(
@@ -233,8 +238,8 @@ def problem_of(
     sizes = (q.shape[1], q.shape[1] // k.shape[1], batch, queries, keys, *tokens, dim // unit, dim_v // unit)
     band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
     scales = (
-        scale / softcap if capped else scale * LOG2E.value,
-        softcap * LOG2E.value if capped else None,
+        scale / softcap if capped else scale * _LOG2E,
+        softcap * _LOG2E if capped else None,
         scale,
     )
     dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32

@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import (
-    LOG2E,
     SCALARS,
     Problem,
     has_100_kb,
     head_of,
     head_strides,
     hide,
+    in_log2,
     load_rows,
     owned_rows,
     scores_of,
@@ -78,6 +78,12 @@ def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
     if dtype == torch.float32:
         return Config((32, 32), 4, 1)
     return Config((64, 64), 4 if width <= 64 else 8, 2 if width <= 64 else 1)
+
+
+@triton.jit
+def _row_sums(a, b):
+    """Sums of a * b along rows; the products are rounded: fused into sums over lanes, lanes would differ."""
+    return tl.sum(tl.fma(a, b, 0.0), 1)
 
 
 @triton.jit
@@ -136,7 +142,7 @@ def _dq_kernel(
     dout, do_s = head_of(dout, b, h, first_q, do_b, do_h, do_s, UNIT, PACKED)
     slope = None
     if slopes is not None:
-        slope = tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h) * LOG2E
+        slope = in_log2(tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h))
     if mask is not None:
         mask += b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h
     if bias is not None:
@@ -181,7 +187,7 @@ def _dq_kernel(
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             if seed is not None:
                 dp = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN), dp * survivor_scale, 0.0)
-            total, mixed, top = total * shrink + tl.sum(p, 1), mixed * shrink + tl.sum(p * dp, 1), higher
+            total, mixed, top = total * shrink + tl.sum(p, 1), mixed * shrink + _row_sums(p, dp), higher
         empty = total == 0
         base = tl.where(empty, float("inf"), top)  # of an empty row every weight is 0
         inverse = tl.where(empty, 0.0, 1.0 / total)
@@ -190,9 +196,9 @@ def _dq_kernel(
     else:
         out += first_q * out_s + h.to(tl.int64) * width_v
         out_tile = load_rows(out, out_s, i, e, nq, width_v, EVEN)
-        delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+        delta = _row_sums(out_tile.to(tl.float32), do_tile.to(tl.float32))
         at = (h.to(tl.int64) * tokens_q + first_q) if PACKED else (b.to(tl.int64) * heads + h) * queries
-        base = tl.load(lse + at + i, mask=i < nq, other=float("-inf")) * LOG2E
+        base = in_log2(tl.load(lse + at + i, mask=i < nq, other=float("-inf")))
         base = tl.where(base == float("-inf"), float("inf"), base)
     at = (first_q + i) * dlse_s.to(tl.int64) if PACKED else i * dlse_s.to(tl.int64) + b.to(tl.int64) * dlse_b
     delta -= tl.load(dlse + h.to(tl.int64) * dlse_h + at, mask=(i < nq) & (has_dlse != 0), other=0.0)
@@ -274,7 +280,7 @@ def _dkv_kernel(
         do_head, do_row = head_of(dout, b, h, first_q, do_b, do_h, do_s, UNIT, PACKED)
         slope = None
         if slopes is not None:
-            slope = tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h) * LOG2E
+            slope = in_log2(tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h))
         mask_head, bias_head = mask, bias
         if mask is not None:
             mask_head = mask + b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h
@@ -345,7 +351,7 @@ def _dbias_kernel(
         do_head, do_row = head_of(dout, b, h, 0, do_b, do_h, do_s, UNIT, False)
         slope = None
         if slopes is not None:
-            slope = tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h) * LOG2E
+            slope = in_log2(tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h))
         mask_head = mask
         if mask is not None:
             mask_head = mask + b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h
@@ -393,22 +399,20 @@ def run_backward(
     """
     q, k, v = problem.arguments[:3]
     exact = problem.dtype == torch.float32 or dbias_of is not None and dbias_of.dtype == torch.float32
-    if exact:
-        problem.flags["RAW"] = False
     stats = lse.new_empty((3 if exact else 2, lse.numel()))
-    flags = problem.flags | {"EXACT": exact}
+    flags = problem.flags | {"EXACT": exact, "RAW": problem.flags["RAW"] and not exact}
     unit = problem.flags["UNIT"]
     given = (*problem.arguments, dout, *(n // unit for n in head_strides(dout)), stats, lse.numel())
     sums = (lse, 0, 0, 0, 0) if dlse is None else (dlse, *_lse_strides(dlse), 1)
     gradient = (q, 0) if dq is None else (dq, 1)
     (bm, bn), warps, stages = config_for(dq_config, q.device, problem.dtype, problem.width, problem.queries)
-    grid = (triton.cdiv(problem.queries, bm) * problem.heads * problem.batch,)
+    grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
     if grid[0]:
         _dq_kernel[grid](*given, out, lse, *sums, *gradient, **flags, **cut)
     if dk is not None or dv is not None:
         (bm, bn), warps, stages = config_for(dkv_config, q.device, problem.dtype, problem.width, problem.keys)
-        grid = (triton.cdiv(problem.keys, bn) * problem.kv_heads * problem.batch,)
+        grid = (-(-problem.keys // bn) * problem.kv_heads * problem.batch,)
         cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
         gradients = (
             k if dk is None else dk,
@@ -428,7 +432,7 @@ def _lse_strides(dlse: Tensor) -> tuple[int, int, int]:
 def _dbias(problem: Problem, bias: Tensor, given: tuple, flags: dict) -> Tensor:
     """The gradient of bias, in its dtype: a part of each program, added by torch if there are several."""
     (bm, bn), warps, stages = config_for(dbias_config, bias.device, problem.dtype, problem.width)
-    tiles_q, tiles_k = triton.cdiv(problem.queries, bm), triton.cdiv(problem.keys, bn)
+    tiles_q, tiles_k = -(-problem.queries // bm), -(-problem.keys // bn)
     kept_b, kept_h, rows, cols = bias.shape
     sum_q, sum_k = rows < problem.queries, cols < problem.keys
     programs = tiles_q * tiles_k * kept_b * kept_h

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 
 from ._attention import (
-    LN2,
-    LOG2E,
     SCALARS,
     Problem,
     has_100_kb,
     head_of,
     hide,
+    in_log2,
     load_rows,
     owned_rows,
     scores_of,
@@ -91,7 +90,7 @@ def _forward_kernel(
     v, v_s = head_of(v, b, h // group, first_k, v_b, v_h, v_s, UNIT, PACKED)
     slope = None
     if slopes is not None:
-        slope = tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h) * LOG2E
+        slope = in_log2(tl.load(slopes + b.to(tl.int64) * slopes_b + h.to(tl.int64) * slopes_h))
     if mask is not None:
         mask += b.to(tl.int64) * mask_b + h.to(tl.int64) * mask_h
     if bias is not None:
@@ -133,7 +132,7 @@ def _forward_kernel(
     store_rows(out, out_s, i, e, nq, width_v, acc * weight[:, None], EVEN)
     if RAW:
         top *= factor
-    sums = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
+    sums = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse + i, sums, mask=i < nq)
 
 
@@ -142,7 +141,7 @@ def run_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
     (bm, bn), warps, stages = config_for(
         forward_config, out.device, problem.dtype, problem.width, problem.queries
     )
-    grid = (triton.cdiv(problem.queries, bm) * problem.heads * problem.batch,)
+    grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     if grid[0]:
         _forward_kernel[grid](
             *problem.arguments, out, lse, **problem.flags, BM=bm, BN=bn, STAGES=stages, num_warps=warps
