@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: setup demo test test-slow test-gpu-model bench gpu lint format sanitize clean
+.PHONY: setup demo test test-slow test-gpu-model bars bench gpu lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -37,6 +37,10 @@ test-slow: setup
 # Every case of every GPU kernel on every simulated architecture.
 test-gpu-model: setup
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
+
+# What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
+bars: setup
+	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars.json --docs docs/evidence.md $(ARGS)
 
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup

@@ -1,0 +1,87 @@
+"""The stored limits, what every kernel should reach besides, and the exceptions with their reasons."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+
+import triton
+
+from .occupancy import LIMITS
+from .record import Kernel
+
+_AT_MOST = ("registers", "spills", "stack", "shared", "atomics", "bare")
+_AT_LEAST = ("occupancy", "loads", "stores", "wide")
+_MULTIPLY = ("attention", "attention_varlen", "decode_attention", "feed_forward", "linear_cross_entropy")
+_WARPS, _MATRIX_WARPS = 16, 8  # resident: a quarter hides memory's latency with 4, a matrix unit is fed by 2
+
+# (keys, what they miss, why that is right or what would mend it)
+EXCEPTIONS: list[tuple[str, str, str]] = []
+
+
+def read(file: Path) -> dict[str, Kernel]:
+    """The stored kernels by key. Raises: ValueError if another release of Triton made them."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["triton"] != triton.__version__:
+        raise ValueError(
+            f"{file} holds what the ptxas of Triton {stored['triton']} makes, this is {triton.__version__}:"
+            " run make bars"
+        )
+    return {key: Kernel(**kernel) for key, kernel in stored["kernels"].items()}
+
+
+def write(file: Path, kernels: dict[str, Kernel]) -> None:
+    """One line a kernel."""
+    lines = (f"{json.dumps(key)}: {json.dumps(kernel._asdict())}" for key, kernel in kernels.items())
+    head = f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n'
+    file.write_text(head + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def worse(stored: dict[str, Kernel], found: dict[str, Kernel]) -> list[str]:
+    """Sentences: in what kernels are worse than their stored limits, and which have none."""
+    told = []
+    for key, kernel in found.items():
+        if key not in stored:
+            told.append(f"{key}: no limits are stored: run make bars")
+            continue
+        limits = stored[key]
+        for name in (*_AT_MOST, *_AT_LEAST):
+            value, limit = getattr(kernel, name), getattr(limits, name)
+            if value > limit if name in _AT_MOST else value < limit:
+                told.append(f"{key}: {name} {value}, the limit is {limit}")
+        for name in ("matrix", "copies"):
+            for lost in set(getattr(limits, name).split()) - set(getattr(kernel, name).split()):
+                told.append(f"{key}: no {lost} in its main loop any more")
+    return told
+
+
+def misses(key: str, kernel: Kernel) -> list[str]:
+    """What a kernel should reach and does not: names of aims."""
+    op, dtype = key.split()[0], key.rpartition(" sm_")[0].split()
+    multiplies = op in _MULTIPLY and "f32" not in dtype
+    limits = LIMITS[int(key.rpartition("_")[2])]
+    warps = kernel.blocks * kernel.threads // 32
+    least = _MATRIX_WARPS if kernel.matrix else min(_WARPS, limits.warps)
+    found = {
+        "spills": kernel.spills or kernel.stack,
+        "atomics": kernel.atomics,
+        "wide loads": kernel.loads < 128,
+        "wide stores": kernel.stores < 128,
+        "occupancy": warps < least,
+        "matrix unit": multiplies and not kernel.matrix,
+        "copies in flight": multiplies and (kernel.bare or not kernel.copies),
+    }
+    return [aim for aim, missed in found.items() if missed]
+
+
+def unexplained(kernels: dict[str, Kernel]) -> list[str]:
+    """Sentences: what kernels miss without an exception, and exceptions that nothing needs."""
+    told, used = [], set()
+    for key, kernel in kernels.items():
+        for aim in misses(key, kernel):
+            excused = [e for e in EXCEPTIONS if fnmatch(key, e[0]) and e[1] == aim]
+            used.update(excused)
+            if not excused:
+                told.append(f"{key} misses {aim}: {kernel}")
+    return told + [
+        f"the exception {e[0]}, {e[1]} is not needed any more" for e in EXCEPTIONS if e not in used
+    ]

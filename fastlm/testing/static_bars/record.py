@@ -1,0 +1,155 @@
+"""Which kernels a call launches, compiled as for a GPU, and what each is compiled to. Nothing is run."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ... import ops
+from ..._triton import simulated
+from ..cases import cases_of
+from ..ptxsim.driver import Driver, driven_by
+from .calls import Call
+from .occupancy import occupancy
+from .sass import Instruction, disassembled, loops, machine_code, registers_and_stack
+
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # matrix products of halves and TF32: of a warp, four warps, a block
+COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, while the thread goes on
+_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel. spills: instructions that move spilled registers. occupancy: in percent.
+
+    shared: bytes of a block. loads, stores: bits of the widest global access. wide: of the bytes of all
+    global accesses, each counted once, those of 128 bits and more, in percent. matrix, copies: what stands in
+    the innermost loops that multiply matrices; bare: how many of these have no copy to shared memory.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    threads: int
+    blocks: int
+    occupancy: int
+    limit: str
+    loads: int
+    stores: int
+    wide: int
+    atomics: int
+    matrix: str
+    copies: str
+    bare: int
+
+
+class Compiled(NamedTuple):
+    """A kernel as Triton made it. shared: bytes of a block. threads: of a block."""
+
+    name: str
+    cubin: bytes
+    shared: int
+    threads: int
+
+
+class _Launches:
+    """The `run` of a driver that only writes down what would run: each compiled kernel once, in order."""
+
+    def __init__(self):
+        self.seen: dict[int, Compiled] = {}
+
+    def __call__(self, function, grid, threads, given) -> None:
+        self.seen[id(function)] = Compiled(function.name, function.binary, function.shared, threads[0])
+
+
+@functools.cache
+def _driver(arch: int) -> tuple[Driver, _Launches]:
+    launches = _Launches()
+    return Driver(arch, launches, "fastlm static bars"), launches
+
+
+def measured(arch: int, calls: list[Call]) -> dict[str, Kernel]:
+    """The kernels that the calls launch, by "op case dtype kernel sm_<arch>"."""
+    named = {}
+    for call in calls:
+        for name, compiled in launched(arch, functools.partial(_run, call)):
+            named[f"{call} {name} sm_{arch}"] = compiled
+    return dict(zip(named, described(arch, list(named.values())), strict=True))
+
+
+def launched(arch: int, run: Callable[[], None]) -> list[tuple[str, Compiled]]:
+    """(name, what was compiled) of each kernel that `run` launches; a second one of a name is "name 2"."""
+    driver, launches = _driver(arch)
+    launches.seen = {}
+    with driven_by(driver), simulated(f"sm_{arch}"):
+        run()
+    names, found = Counter(), []
+    for compiled in launches.seen.values():
+        names[compiled.name] += 1
+        number = names[compiled.name]
+        found.append((compiled.name if number == 1 else f"{compiled.name} {number}", compiled))
+    return found
+
+
+def _run(call: Call) -> None:
+    inputs = call.inputs(call.dtype)
+    wanted = [inputs[name] for name in cases_of(call.op)[1] if inputs.get(name) is not None]
+    wanted = [t.requires_grad_() for t in wanted]
+    made = getattr(ops, call.op)(**inputs, backend="triton")
+    outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t is not None and t.requires_grad]
+    if outputs:
+        torch.autograd.grad(outputs, wanted, [torch.empty_like(t) for t in outputs])
+
+
+def described(arch: int, kernels: list[Compiled]) -> list[Kernel]:
+    """What each is."""
+    codes = {k.cubin: machine_code(k.cubin) for k in kernels}
+    instructions = dict(zip(codes, disassembled(arch, list(codes.values())), strict=True))
+    return [_described(arch, k, instructions[k.cubin]) for k in kernels]
+
+
+def _described(arch: int, compiled: Compiled, code: list[Instruction]) -> Kernel:
+    registers, stack = registers_and_stack(compiled.cubin)
+    held = occupancy(arch, registers, compiled.shared, compiled.threads)
+    reads = [_width(i) for i in code if i.root in ("LDG", "LDGSTS", "LD")]
+    writes = [_width(i) for i in code if i.root in ("STG", "ST")]
+    moved = sum(reads + writes)
+    wide = sum(width for width in reads + writes if width >= 128)
+    return Kernel(
+        registers=registers,
+        spills=sum(i.root in ("STL", "LDL") for i in code),
+        stack=stack,
+        shared=compiled.shared,
+        threads=compiled.threads,
+        blocks=held.blocks,
+        occupancy=round(100 * held.share),
+        limit=held.limit,
+        loads=max(reads, default=0),
+        stores=max(writes, default=0),
+        wide=100 * wide // moved if moved else 100,
+        atomics=sum(i.root in ("RED", "REDG", "ATOM", "ATOMG", "ATOMS") for i in code),
+        **_main_loops(code),
+    )
+
+
+def _width(access: Instruction) -> int:
+    return next((_WIDTHS[part] for part in access.opcode.split(".") if part in _WIDTHS), 32)
+
+
+def _main_loops(code: list[Instruction]) -> dict:
+    found, roots = loops(code), {i.address: i.root for i in code}
+    main = []
+    for instruction in code:
+        if instruction.root in MATRIX:
+            innermost = next((loop for loop in found if instruction.address in loop), None)
+            if innermost is not None and innermost not in main:
+                main.append(innermost)
+    inside = [{roots[address] for address in loop} for loop in main]
+    every = set().union(*inside)
+    return {
+        "matrix": " ".join(root for root in MATRIX if root in every),
+        "copies": " ".join(root for root in COPIES if root in every),
+        "bare": sum(not roots_of_loop & set(COPIES) for roots_of_loop in inside),
+    }

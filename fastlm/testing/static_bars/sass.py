@@ -1,0 +1,159 @@
+"""Machine code of a kernel, read: its instructions, and the loops that they lie in.
+
+Source of the instructions' names: CUDA Binary Utilities, "Instruction Set Reference".
+"""
+
+import re
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+_PROCESSORS = {80: "SM80", 90: "SM90a", 100: "SM100a", 120: "SM120a"}
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_JUMPS = ("BRA", "CALL")  # CALL.REL goes to a division's rare path, or leaves a loop
+_ENDS = ("EXIT", "RET", "KILL")
+
+
+class Instruction(NamedTuple):
+    """opcode: with its modifiers, as "LDG.E.128". always: no predicate decides whether it runs."""
+
+    address: int
+    opcode: str
+    operands: str
+    always: bool
+
+    @property
+    def root(self) -> str:
+        """The opcode alone."""
+        return self.opcode.partition(".")[0]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The section .text of a cubin's one kernel."""
+    (sections,), (size, count, names_at) = (
+        struct.unpack_from("<Q", cubin, 0x28),
+        struct.unpack_from("<3H", cubin, 0x3A),
+    )
+    headers = [struct.unpack_from("<2I4Q2I2Q", cubin, sections + i * size) for i in range(count)]
+    names = cubin[headers[names_at][4] :]
+    found = [h for h in headers if names[h[0] :].startswith(b".text.")]
+    if len(found) != 1:
+        raise ValueError(f"machine_code: a cubin must hold one kernel, this one has {len(found)}")
+    return cubin[found[0][4] : found[0][4] + found[0][5]]
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack); spilled registers lie in the stack."""
+    told = _run(triton.knobs.nvidia.cuobjdump.path, cubin, "-res-usage")
+    registers, stack = _USAGE.search(told).groups()
+    return int(registers), int(stack)
+
+
+def disassembled(arch: int, codes: list[bytes]) -> list[list[Instruction]]:
+    """The instructions of each kernel; one process for all, as its start takes longer than its work."""
+    told = _run(triton.knobs.nvidia.nvdisasm.path, b"".join(codes), "-b", _PROCESSORS[arch])
+    found, code, start = [[] for _ in codes], 0, 0
+    for line in _LINE.finditer(told):
+        address, predicate, opcode, operands = line.groups()
+        while int(address, 16) >= start + len(codes[code]):
+            start += len(codes[code])
+            code += 1
+        if opcode.startswith(_JUMPS):
+            operands = _TARGET.sub(lambda m, start=start: f"{int(m[1], 16) - start:#x}", operands)
+        found[code].append(Instruction(int(address, 16) - start, opcode, operands.strip(), not predicate))
+    if sum(map(len, found)) * 16 != sum(map(len, codes)):
+        raise ValueError("disassembled: nvdisasm wrote instructions that are not understood here")
+    return found
+
+
+def _run(tool: str, content: bytes, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code"
+        file.write_bytes(content)
+        return subprocess.run([tool, *options, str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def loops(code: list[Instruction]) -> list[set[int]]:
+    """Addresses of the instructions of each natural loop, smaller loops first.
+
+    A branch back to a block that every path to the branch goes through makes a loop of what lies between.
+    Source: Aho, Lam, Sethi, Ullman, "Compilers", section 9.6.
+    """
+    starts, follows = _blocks(code)
+    dominators = _dominators(follows)
+    before = [[b for b, after in enumerate(follows) if block in after] for block in range(len(starts))]
+    bodies: dict[int, set[int]] = {}
+    for block, after in enumerate(follows):
+        for head in after:
+            if dominators[block] >> head & 1:
+                bodies.setdefault(head, {head}).update(_reaching(block, head, before))
+    ends = [*starts[1:], len(code)]
+    found = [{code[i].address for b in body for i in range(starts[b], ends[b])} for body in bodies.values()]
+    return sorted((loop for loop in found if len(loop) > 1), key=len)  # code ends in a branch to itself
+
+
+def _blocks(code: list[Instruction]) -> tuple[list[int], list[list[int]]]:
+    """(indices where straight-line blocks start, the blocks that may follow each)."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    leaders = {0}
+    for i, instruction in enumerate(code):
+        if instruction.root in _JUMPS:
+            leaders |= {index[_target(instruction)], i + 1}
+        elif instruction.root in _ENDS:
+            leaders.add(i + 1)
+        elif instruction.root in ("BRX", "JMX", "JMP"):
+            raise ValueError(f"loops: where does {instruction.opcode} {instruction.operands} go to?")
+    starts = sorted(i for i in leaders if i < len(code))
+    number = {start: block for block, start in enumerate(starts)}
+    follows = []
+    for block, end in enumerate([*starts[1:], len(code)]):
+        last = code[end - 1]
+        after = [number[index[_target(last)]]] if last.root in _JUMPS else []
+        if _falls_through(last) and block + 1 < len(starts):
+            after.append(block + 1)
+        follows.append(after)
+    return starts, follows
+
+
+def _target(branch: Instruction) -> int:
+    return int(_TARGET.search(branch.operands)[1], 16)
+
+
+def _falls_through(last: Instruction) -> bool:
+    if last.root == "BRA":  # BRA.DIV, and BRA P0: only some threads may take it
+        return not (last.always and last.operands.startswith("0x"))
+    return not (last.always and last.root in _ENDS)
+
+
+def _dominators(follows: list[list[int]]) -> list[int]:
+    """Of each block, the blocks that every path to it goes through: bits of a number."""
+    everything = (1 << len(follows)) - 1
+    found = [1, *[everything] * (len(follows) - 1)]
+    changed = True
+    while changed:
+        changed = False
+        meets = [everything] * len(follows)
+        for block, after in enumerate(follows):
+            for next_block in after:
+                meets[next_block] &= found[block]
+        for block in range(1, len(follows)):
+            own = meets[block] | 1 << block
+            changed |= own != found[block]
+            found[block] = own
+    return found
+
+
+def _reaching(block: int, head: int, before: list[list[int]]) -> set[int]:
+    found, left = {head}, [block]
+    while left:
+        at = left.pop()
+        if at not in found:
+            found.add(at)
+            left += before[at]
+    return found
