@@ -7,7 +7,7 @@ from ..._op import OPS
 from .bars import read, worse, write
 from .calls import calls_of, landed
 from .occupancy import LIMITS
-from .record import measured
+from .record import Kernel, measured
 from .table import write_block
 
 
@@ -19,23 +19,26 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page between whose markers their table goes")
     parser.add_argument("--table-only", action="store_true", help="measure nothing, only write the table")
     given = parser.parse_args()
-    stored = read(given.file) if given.file.exists() and (given.op or given.table_only) else {}
-    if not given.table_only:
-        stored = _measure(stored, given.op or [op for op in OPS if landed(op)])
-        write(given.file, stored)
+    partly = given.file.exists() and (given.op or given.table_only)
+    kernels = read(given.file) if partly else {}
+    for op in [] if given.table_only else given.op or [op for op in OPS if landed(op)]:
+        kernels = _with(op, kernels)
+        write(given.file, kernels)
     if given.docs:
-        write_block(given.docs, stored)
+        write_block(given.docs, kernels)
 
 
-def _measure(stored: dict, names: list[str]) -> dict:
-    for op in names:
-        found = {}
-        for arch in LIMITS:
-            found |= measured(arch, calls_of(op))
-            print(f"{op} sm_{arch}: {len(found)} kernels so far", flush=True)
-        print(*worse({k: v for k, v in stored.items() if k in found}, found), sep="\n")
-        stored = {k: v for k, v in stored.items() if k.split()[0] != op} | found
-    return {key: stored[key] for op in OPS for key in stored if key.split()[0] == op}
+def _with(op: str, kernels: dict[str, Kernel]) -> dict[str, Kernel]:
+    """The kernels, this op's measured again; in the ops' order."""
+    found = {}
+    for arch in LIMITS:
+        found |= measured(arch, calls_of(op))
+        print(f"{op}: {len(found)} kernels, up to sm_{arch}", flush=True)
+    for sentence in worse({k: v for k, v in kernels.items() if k in found}, found):
+        if "no limits" not in sentence:
+            print(sentence)
+    others = {key: kernel for key, kernel in kernels.items() if key.split()[0] != op}
+    return {key: k for name in OPS for key, k in (others | found).items() if key.split()[0] == name}
 
 
 main()

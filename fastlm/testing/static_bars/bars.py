@@ -9,7 +9,7 @@ import triton
 from .occupancy import LIMITS
 from .record import Kernel
 
-_AT_MOST = ("registers", "spills", "stack", "shared", "atomics", "bare")
+_AT_MOST = ("registers", "spills", "hot_spills", "stack", "shared", "atomics", "bare")
 _AT_LEAST = ("occupancy", "loads", "stores", "wide")
 _MULTIPLY = ("attention", "attention_varlen", "decode_attention", "feed_forward", "linear_cross_entropy")
 _WARPS, _MATRIX_WARPS = 16, 8  # resident: a quarter hides memory's latency with 4, a matrix unit is fed by 2

@@ -17,6 +17,7 @@ from .sass import Instruction, disassembled, loops, machine_code, registers_and_
 
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # matrix products of halves and TF32: of a warp, four warps, a block
 COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, while the thread goes on
+_SPILLS = ("STL", "LDL")
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
@@ -25,11 +26,13 @@ class Kernel(NamedTuple):
 
     shared: bytes of a block. loads, stores: bits of the widest global access. wide: of the bytes of all
     global accesses, each counted once, those of 128 bits and more, in percent. matrix, copies: what stands in
-    the innermost loops that multiply matrices; bare: how many of these have no copy to shared memory.
+    the innermost loops that multiply matrices; bare: how many of these have no copy to shared memory;
+    hot_spills: the spills in them, or where no loop multiplies, in any loop.
     """
 
     registers: int
     spills: int
+    hot_spills: int
     stack: int
     shared: int
     threads: int
@@ -119,7 +122,7 @@ def _described(arch: int, compiled: Compiled, code: list[Instruction]) -> Kernel
     wide = sum(width for width in reads + writes if width >= 128)
     return Kernel(
         registers=registers,
-        spills=sum(i.root in ("STL", "LDL") for i in code),
+        spills=sum(i.root in _SPILLS for i in code),
         stack=stack,
         shared=compiled.shared,
         threads=compiled.threads,
@@ -148,7 +151,9 @@ def _main_loops(code: list[Instruction]) -> dict:
                 main.append(innermost)
     inside = [{roots[address] for address in loop} for loop in main]
     every = set().union(*inside)
+    hot = set().union(*(main or found))
     return {
+        "hot_spills": sum(i.root in _SPILLS and i.address in hot for i in code),
         "matrix": " ".join(root for root in MATRIX if root in every),
         "copies": " ".join(root for root in COPIES if root in every),
         "bare": sum(not roots_of_loop & set(COPIES) for roots_of_loop in inside),

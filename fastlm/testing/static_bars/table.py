@@ -69,6 +69,8 @@ def _cell(kernel: Kernel | None) -> str:
         f"{kernel.occupancy}%",
         f"{kernel.loads} {kernel.stores}",
     ]
-    told += [f"**{kernel.spills} spilled**"] * bool(kernel.spills or kernel.stack)
+    told += [f"**{kernel.spills} spills, {kernel.hot_spills} in loops**"] * bool(
+        kernel.spills or kernel.stack
+    )
     told += [f"{kernel.matrix} {kernel.copies}".strip()] * bool(kernel.matrix)
     return " · ".join(told)
