@@ -13,7 +13,7 @@ import triton
 
 from fastlm._op import OPS
 from fastlm.testing.static_bars import bars, table
-from fastlm.testing.static_bars.calls import calls_of, landed
+from fastlm.testing.static_bars.calls import calls_of
 from fastlm.testing.static_bars.occupancy import LIMITS, occupancy
 from fastlm.testing.static_bars.record import described, launched, measured
 from fastlm.testing.static_bars.sass import Instruction, loops
@@ -24,31 +24,31 @@ PAGE = ROOT / "docs/evidence.md"
 USUAL = {  # one of a kind; all others: make test-gpu-model
     "layer_norm": "4096 bf16",
     "cross_entropy": "50304 bf16",
-    "attention": "d64 causal bf16",
+    "feed_forward": "8192 of 768x3072 gelu bf16",
 }
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_usual_kernels_are_within_their_stored_limits(arch):
-    calls = [
-        call
-        for op, case in USUAL.items()
-        if landed(op)
-        for call in calls_of(op)
-        if str(call) == f"{op} {case}"
-    ]
+    calls = [call for op, case in USUAL.items() for call in calls_of(op) if str(call) == f"{op} {case}"]
+    assert len(calls) == len(USUAL)
     assert not bars.worse(bars.read(STORED), measured(arch, calls))
 
 
 @pytest.mark.gpu_model
 @pytest.mark.parametrize("arch", LIMITS)
-@pytest.mark.parametrize("op", [op for op in OPS if landed(op)])
+@pytest.mark.parametrize("op", dict.fromkeys(key.split()[0] for key in bars.read(STORED)))
 def test_every_kernel_is_within_its_stored_limits(op, arch):
     stored = bars.read(STORED)
     found = measured(arch, calls_of(op))
     assert not bars.worse(stored, found)
     own = {key for key in stored if key.startswith(f"{op} ") and key.endswith(f" sm_{arch}")}
     assert own == set(found), "limits of kernels that are no longer launched: run make bars"
+
+
+@pytest.mark.xfail(strict=True, reason="the tiles of attention are still being chosen")
+def test_every_op_has_stored_limits():
+    assert {key.split()[0] for key in bars.read(STORED)} == set(OPS)
 
 
 def test_what_a_kernel_misses_has_a_reason():

@@ -59,6 +59,7 @@ def _norms(op):
         ("768+residual+dropout", _ONE, _norm(768, op, True, dropout_p=0.1, seed=1)),
         ("4096+residual", _TWO, _norm(4096, op, True)),
         ("4096+residual+dropout", _TWO, _norm(4096, op, True, dropout_p=0.1, seed=1)),
+        ("8192+residual+dropout", _TWO, _norm(8192, op, True, dropout_p=0.1, seed=1)),
     ]
 
 
@@ -110,26 +111,21 @@ def _cross_entropy(classes, **options):
 
 def _linear_cross_entropy(dim, classes, bias=False, **options):
     def inputs(dtype):
-        made = {"x": torch.empty(64, dim, dtype=dtype), "weight": torch.empty(classes, dim, dtype=dtype)}
+        made = {"x": torch.empty(4096, dim, dtype=dtype), "weight": torch.empty(classes, dim, dtype=dtype)}
         if bias:
             made["bias"] = torch.empty(classes, dtype=dtype)
-        return made | {"target": torch.zeros(64, dtype=torch.int64)} | options
+        return made | {"target": torch.zeros(4096, dtype=torch.int64)} | options
 
     return inputs
 
 
-def _feed_forward(dim, hidden, activation="gelu", **options):
-    return lambda dtype: (
-        {
-            "x": torch.empty(64, dim, dtype=dtype),
-            "w1": torch.empty(hidden, dim, dtype=dtype),
-            "b1": torch.empty(hidden, dtype=dtype),
-            "w2": torch.empty(dim, hidden, dtype=dtype),
-            "b2": torch.empty(dim, dtype=dtype),
-            "activation": activation,
-        }
-        | options
-    )
+def _feed_forward(tokens, dim, hidden, activation="gelu", **options):
+    def inputs(dtype):
+        made = {"x": torch.empty(tokens, dim, dtype=dtype), "w1": torch.empty(hidden, dim, dtype=dtype)}
+        made |= {"b1": torch.empty(hidden, dtype=dtype), "w2": torch.empty(dim, hidden, dtype=dtype)}
+        return made | {"b2": torch.empty(dim, dtype=dtype), "activation": activation} | options
+
+    return inputs
 
 
 def _attention(
@@ -237,8 +233,10 @@ _CALLS = {
         ("768x128256+bias", _ONE, _linear_cross_entropy(768, 128256, True)),
     ],
     "feed_forward": [
-        ("768x3072 gelu", _ALL, _feed_forward(768, 3072)),
-        ("1024x4096 silu+dropout", _TWO, _feed_forward(1024, 4096, "silu", **_DROPOUT)),
+        ("8192 of 768x3072 gelu", _ALL, _feed_forward(8192, 768, 3072)),
+        ("8192 of 4096x16384 silu+dropout", _TWO, _feed_forward(8192, 4096, 16384, "silu", **_DROPOUT)),
+        ("512 of 768x3072 gelu", _ONE, _feed_forward(512, 768, 3072)),
+        ("8 of 4096x16384 gelu", _ONE, _feed_forward(8, 4096, 16384)),
     ],
     "attention": [
         ("d64 causal", _TWO, _attention(12, 64, causal=True)),

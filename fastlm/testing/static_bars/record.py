@@ -18,6 +18,7 @@ from .sass import Instruction, disassembled, loops, machine_code, registers_and_
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # matrix products of halves and TF32: of a warp, four warps, a block
 COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, while the thread goes on
 _SPILLS = ("STL", "LDL")
+_ATOMICS = ("RED", "REDG", "ATOM", "ATOMG")  # in global memory
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
@@ -132,7 +133,7 @@ def _described(arch: int, compiled: Compiled, code: list[Instruction]) -> Kernel
         loads=max(reads, default=0),
         stores=max(writes, default=0),
         wide=100 * wide // moved if moved else 100,
-        atomics=sum(i.root in ("RED", "REDG", "ATOM", "ATOMG", "ATOMS") for i in code),
+        atomics=sum(i.root in _ATOMICS for i in code),
         **_main_loops(code),
     )
 
