@@ -11,7 +11,7 @@ from .record import Kernel
 
 _AT_MOST = ("registers", "spills", "hot_spills", "stack", "shared", "atomics", "bare")
 _AT_LEAST = ("occupancy", "loads", "stores", "wide")
-_MULTIPLY = ("attention", "attention_varlen", "decode_attention", "feed_forward", "linear_cross_entropy")
+_MULTIPLY = ("attention", "attention_varlen", "decode_attention", "feed_forward")
 _WARPS, _MATRIX_WARPS = 16, 8  # resident: a quarter hides memory's latency with 4, a matrix unit is fed by 2
 
 # (keys, what they miss, why that is right or what would mend it)

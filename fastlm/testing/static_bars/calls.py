@@ -110,11 +110,13 @@ def _cross_entropy(classes, **options):
 
 
 def _linear_cross_entropy(dim, classes, bias=False, **options):
+    """Few tokens: the products of matrices are torch's, which runs them."""
+
     def inputs(dtype):
-        made = {"x": torch.empty(4096, dim, dtype=dtype), "weight": torch.empty(classes, dim, dtype=dtype)}
+        made = {"x": torch.empty(16, dim, dtype=dtype), "weight": torch.empty(classes, dim, dtype=dtype)}
         if bias:
             made["bias"] = torch.empty(classes, dtype=dtype)
-        return made | {"target": torch.zeros(4096, dtype=torch.int64)} | options
+        return made | {"target": torch.zeros(16, dtype=torch.int64)} | options
 
     return inputs
 
@@ -229,8 +231,8 @@ _CALLS = {
         ("128256+smoothing+z", _TWO, _cross_entropy(128256, label_smoothing=0.1, z_loss=1e-4)),
     ],
     "linear_cross_entropy": [
-        ("768x50304", _TWO, _linear_cross_entropy(768, 50304)),
-        ("768x128256+bias", _ONE, _linear_cross_entropy(768, 128256, True)),
+        ("64x50304", _TWO, _linear_cross_entropy(64, 50304)),
+        ("64x128256+bias", _ONE, _linear_cross_entropy(64, 128256, True)),
     ],
     "feed_forward": [
         ("8192 of 768x3072 gelu", _ALL, _feed_forward(8192, 768, 3072)),
