@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from ..._op import OPS
+from ..pages import replace_block
 from .bars import read, worse, write
 from .calls import calls_of, landed
 from .occupancy import LIMITS
 from .record import Kernel, measured
-from .table import write_block
+from .table import markdown
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         kernels = _with(op, kernels)
         write(given.file, kernels)
     if given.docs:
-        write_block(given.docs, kernels)
+        replace_block(given.docs, "static-bars", markdown(kernels))
 
 
 def _with(op: str, kernels: dict[str, Kernel]) -> dict[str, Kernel]:

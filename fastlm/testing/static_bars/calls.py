@@ -226,7 +226,7 @@ _CALLS = {
     ],
     "cross_entropy": [
         ("50304", _ALL, _cross_entropy(50304)),
-        ("50257 (rows not in 16 bytes)", _ONE, _cross_entropy(50257)),
+        ("50257", _ONE, _cross_entropy(50257)),
         ("128256", _TWO, _cross_entropy(128256)),
         ("128256+smoothing+z", _TWO, _cross_entropy(128256, label_smoothing=0.1, z_loss=1e-4)),
     ],

@@ -1,23 +1,10 @@
 """The stored limits as a page shows them."""
 
-from pathlib import Path
-
 import triton
 
 from .bars import EXCEPTIONS
 from .occupancy import LIMITS
 from .record import Kernel
-
-BEGIN, END = "<!-- bars:start -->", "<!-- bars:end -->"
-
-
-def write_block(page: Path, kernels: dict[str, Kernel]) -> None:
-    """Replaces what stands between the page's markers. Raises: ValueError without one of each."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{page} must hold {BEGIN} and, after it, {END}, once each")
-    head, _, rest = text.partition(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{markdown(kernels)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def markdown(kernels: dict[str, Kernel]) -> str:
