@@ -56,8 +56,8 @@ def test_what_a_kernel_misses_has_a_reason():
 
 
 def test_page_shows_what_is_stored():
-    _, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- static-bars:start -->")
-    shown = rest.partition("<!-- static-bars:end -->")[0].strip()
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- bars:start -->")
+    shown = rest.partition("<!-- bars:end -->")[0].strip()
     assert shown == table.markdown(bars.read(STORED)), "run make bars"
 
 

@@ -26,7 +26,7 @@ def main() -> None:
         kernels = _with(op, kernels)
         write(given.file, kernels)
     if given.docs:
-        replace_block(given.docs, "static-bars", markdown(kernels))
+        replace_block(given.docs, "bars", markdown(kernels))
 
 
 def _with(op: str, kernels: dict[str, Kernel]) -> dict[str, Kernel]:
