@@ -9,7 +9,7 @@ import triton
 
 
 class Config(NamedTuple):
-    """block: the tile's sizes, in the order that the kernel's config function names. warps, stages: Triton's."""
+    """block: the tile's sizes, in the order that the config function names. warps, stages: Triton's."""
 
     block: tuple[int, ...]
     warps: int = 4

@@ -112,8 +112,8 @@ def run(
     """Runs a kernel given as PTX.
 
     grid, threads: three sizes each. arguments: CPU tensors, and numbers as bytes of their parameter's size.
-    shared: bytes of a block beside what the text declares. name: of the kernel, if there are several. profile:
-    a Profile that counts every access, or None.
+    shared: bytes of a block beside what the text declares. name: of the kernel, if there are several.
+    profile: a Profile that counts every access, or None.
     Raises: UnknownInstruction, SimulationError.
     """
     compiled, memory = compile_program(parse(text, name)), Allocations()
