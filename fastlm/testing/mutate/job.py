@@ -1,0 +1,200 @@
+"""Tries every change of an op's kernels on its cases, and notes which case catches it first."""
+
+import hashlib
+import linecache
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import triton
+
+from . import ptx, source
+from .points import Invalid, Point, points_of
+from .state import State
+
+KINDS = ("ptx", "source")
+CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
+
+
+class Job:
+    """One op on one architecture."""
+
+    def __init__(self, op: str, arch: str, state: State, say: Callable[[str], None], again: bool = False):
+        self.op, self.arch, self.state, self.say, self.again = op, arch, state, say, again
+        self.points: list[Point] = []
+        self._catchers: list[Point] = []  # the last one first
+
+    def prepare(self) -> None:
+        """Runs every case on the kernels as they are."""
+        for point in points_of(self.op, self.arch):
+            try:
+                wrong = point.baseline()
+            except Invalid as error:
+                wrong = str(error)
+            if wrong is None:
+                self.points.append(point)
+            else:
+                self.say(f"{self.op} {self.arch} {point.name} is left out: {wrong}")
+
+    def run(self, kind: str) -> None:
+        """All mutants of one kind."""
+        with tempfile.TemporaryDirectory(prefix="fastlm-mutants-") as folder:
+            before, triton.knobs.cache.dir = triton.knobs.cache.dir, folder
+            try:
+                keys = self._ptx() if kind == "ptx" else self._source()
+            finally:
+                triton.knobs.cache.dir = before
+                self.state.write()
+        self.state.keep_only(self.op, self.arch, kind, keys)
+
+    # PTX
+
+    def _ptx(self) -> set[str]:
+        keys = set()
+        for group in groups_of(self.points).values():
+            keys |= self._group(group)
+        return keys
+
+    def _group(self, group: "Group") -> set[str]:
+        keys, found = set(), ptx.sites(group.texts[0], group.files)
+        for change in ptx.changes(found):
+            where = found[change.site].source
+            key = _digest(self.op, self.arch, group.kernel, *sorted(group.codes), change.site, change.what)
+            facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
+            facts |= {"where": where, "line": group.line(where)}
+            keys.add(key)
+            self._try(key, facts, group.points, lambda p, c=change: p.wrong(group.rewrite(c)))
+        return keys
+
+    # Source
+
+    def _source(self) -> set[str]:
+        keys, points = set(), cheapest(self.points)
+        kernels = {launch.kernel for p in points for launch in p.launches}
+        launched = [f for f in source.functions() if f.__name__ in kernels]
+        called = {id(f): f for k in launched for f in source.called_by(k)}
+        code = _digest(*sorted(f.src for f in called.values()))
+        for function in called.values():
+            callers = {k.__name__ for k in launched if any(f is function for f in source.called_by(k))}
+            scope = [p for p in points if any(launch.kernel in callers for launch in p.launches)]
+            for change in source.changes(function):
+                key = _digest(self.op, self.arch, code, function.__name__, change.line, change.what)
+                name = Path(function.file_name).name
+                facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
+                facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
+                keys.add(key)
+                self._try(key, facts, scope, _Changed(function, change).wrong)
+        return keys
+
+    def _try(self, key: str, facts: dict, scope: list[Point], wrong: Callable[[Point], str | None]) -> None:
+        known, points = self.state.records.get(key), _digest(*sorted(p.name for p in scope))
+        if known and (known["verdict"] != SURVIVED or known["points"] == points and not self.again):
+            self.state.add(key, known | facts)
+            return
+        start = time.perf_counter()
+        verdict, how = self._verdict(scope, wrong)
+        record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how, "points": points}
+        self.state.add(key, record | {"seconds": round(time.perf_counter() - start, 2)})
+        told = f"{self.op} {self.arch} {facts['kernel']} {facts['where']}: {facts['what']}: {verdict}"
+        self.say(f"{told} {how[:100]}")
+
+    def _verdict(self, scope: list[Point], wrong) -> tuple[str, str]:
+        verdict = SAME
+        for point in self._in_order(scope):
+            try:
+                found = wrong(point)
+            except Invalid as error:
+                return INVALID, str(error)[-200:]
+            if found is not None and found != SAME:
+                self._catchers = [point, *(p for p in self._catchers if p is not point)]
+                return CAUGHT, f"{point.name}: {found[:200]}"
+            if found is None:
+                verdict = SURVIVED
+        return verdict, ""
+
+    def _in_order(self, scope: list[Point]) -> list[Point]:
+        """What caught a change lately comes first, then what is short."""
+        lately = [p for p in self._catchers[:3] if any(p is q for q in scope)]
+        rest = [p for p in scope if not any(p is q for q in lately)]
+        return lately + sorted(rest, key=lambda p: p.seconds)
+
+
+class Group:
+    """Variants of one kernel (dtypes, flags, sizes) with the same statements to change: changed together."""
+
+    def __init__(self, kernel: str, files: frozenset[str], paths: dict[str, str]):
+        self.kernel, self.files, self._paths = kernel, files, paths
+        self.codes: list[str] = []
+        self.texts: list[str] = []
+        self.points: list[Point] = []
+
+    def line(self, where: str) -> str:
+        """The text of a line of source."""
+        name, _, number = where.partition(":")
+        return _line(self._paths.get(name, ""), int(number or 0))
+
+    def rewrite(self, change: ptx.Change):
+        """What the simulator calls: changes these variants and leaves all others alone."""
+
+        def rewritten(kernel: str, binary: bytes) -> bytes:
+            if kernel != self.kernel or ptx.digest(binary) not in self.codes:
+                return binary
+            return ptx.changed(binary.decode(), change).encode()
+
+        return rewritten
+
+
+def groups_of(points: Iterable[Point]) -> dict[tuple, Group]:
+    """Every kernel that was launched, its variants in groups."""
+    paths = {Path(f.file_name).name: f.file_name for f in source.functions()}
+    files, groups = frozenset(paths), {}
+    for point in points:
+        for launch in point.launches:
+            text = launch.binary.decode()
+            key = (launch.kernel, *ptx.signature(ptx.sites(text, files)))
+            group = groups.setdefault(key, Group(launch.kernel, files, paths))
+            if launch.code not in group.codes:
+                group.codes.append(launch.code)
+                group.texts.append(text)
+            if not any(p is point for p in group.points):
+                group.points.append(point)
+    return groups
+
+
+class _Changed:
+    """One change of the source, tried on one point after another."""
+
+    def __init__(self, function, change: source.Change):
+        self._function, self._text = function, change.text
+        self._same: set[str] = set()  # codes that the change leaves as they are
+
+    def wrong(self, point: Point) -> str | None:
+        """What is wrong, None if nothing, SAME if the change makes no difference to this point's code."""
+        codes = [launch.code for launch in point.launches]
+        if all(code in self._same for code in codes):
+            return SAME
+        with source.replaced(self._function, self._text):
+            launches, found = point.ran()
+        if found is not None:
+            return found
+        changed = [launch.code for launch in launches]
+        self._same |= {a for a, b in zip(codes, changed, strict=False) if a == b}
+        return SAME if changed == codes else None
+
+
+def cheapest(points: Iterable[Point]) -> list[Point]:
+    """Of each case the dtype that takes least: masks do not depend on it."""
+    found = defaultdict(list)
+    for point in points:
+        found[point.case.name].append(point)
+    return [min(same, key=lambda p: p.seconds) for same in found.values()]
+
+
+def _line(file: str, number: int) -> str:
+    return linecache.getline(file, number).strip() if file else ""
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
