@@ -4,7 +4,6 @@ import hashlib
 import linecache
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,14 +20,17 @@ CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
 class Job:
     """One op on one architecture."""
 
-    def __init__(self, op: str, arch: str, state: State, say: Callable[[str], None], again: bool = False):
-        self.op, self.arch, self.state, self.say, self.again = op, arch, state, say, again
+    def __init__(
+        self, op: str, arch: str, state: State, say: Callable[[str], None], again=False, every=False
+    ):
+        self.op, self.arch, self.state, self.say = op, arch, state, say
+        self.again, self.every = again, every  # survivors again; every dtype
         self.points: list[Point] = []
         self._catchers: list[Point] = []  # the last one first
 
     def prepare(self) -> None:
         """Runs every case on the kernels as they are."""
-        for point in points_of(self.op, self.arch):
+        for point in points_of(self.op, self.arch, self.every):
             try:
                 wrong = point.baseline()
             except Invalid as error:
@@ -65,13 +67,14 @@ class Job:
             facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
             facts |= {"where": where, "line": group.line(where)}
             keys.add(key)
-            self._try(key, facts, group.points, lambda p, c=change: p.wrong(group.rewrite(c)))
+            if not self._known(key, facts, group.points):
+                self._try(key, facts, group.points, lambda p, c=change: p.wrong(group.rewrite(c)))
         return keys
 
     # Source
 
     def _source(self) -> set[str]:
-        keys, points = set(), cheapest(self.points)
+        keys, points = set(), self.points
         kernels = {launch.kernel for p in points for launch in p.launches}
         launched = [f for f in source.functions() if f.__name__ in kernels]
         called = {id(f): f for k in launched for f in source.called_by(k)}
@@ -85,18 +88,26 @@ class Job:
                 facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
                 facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
                 keys.add(key)
-                self._try(key, facts, scope, _Changed(function, change).wrong)
+                if not self._known(key, facts, scope):
+                    with source.replaced(function, change.text):
+                        self._try(key, facts, scope, _Changed().wrong)
         return keys
 
+    def _known(self, key: str, facts: dict, scope: list[Point]) -> bool:
+        known = self.state.records.get(key)
+        if known is None:
+            return False
+        if known["verdict"] == SURVIVED and (known["points"] != _names(scope) or self.again):
+            return False
+        self.state.add(key, known | facts)
+        return True
+
     def _try(self, key: str, facts: dict, scope: list[Point], wrong: Callable[[Point], str | None]) -> None:
-        known, points = self.state.records.get(key), _digest(*sorted(p.name for p in scope))
-        if known and (known["verdict"] != SURVIVED or known["points"] == points and not self.again):
-            self.state.add(key, known | facts)
-            return
         start = time.perf_counter()
         verdict, how = self._verdict(scope, wrong)
-        record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how, "points": points}
-        self.state.add(key, record | {"seconds": round(time.perf_counter() - start, 2)})
+        record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how}
+        record |= {"points": _names(scope), "seconds": round(time.perf_counter() - start, 2)}
+        self.state.add(key, record)
         told = f"{self.op} {self.arch} {facts['kernel']} {facts['where']}: {facts['what']}: {verdict}"
         self.say(f"{told} {how[:100]}")
 
@@ -164,10 +175,9 @@ def groups_of(points: Iterable[Point]) -> dict[tuple, Group]:
 
 
 class _Changed:
-    """One change of the source, tried on one point after another."""
+    """One change of the source, which has been made, tried on one point after another."""
 
-    def __init__(self, function, change: source.Change):
-        self._function, self._text = function, change.text
+    def __init__(self):
         self._same: set[str] = set()  # codes that the change leaves as they are
 
     def wrong(self, point: Point) -> str | None:
@@ -175,8 +185,7 @@ class _Changed:
         codes = [launch.code for launch in point.launches]
         if all(code in self._same for code in codes):
             return SAME
-        with source.replaced(self._function, self._text):
-            launches, found = point.ran()
+        launches, found = point.ran()
         if found is not None:
             return found
         changed = [launch.code for launch in launches]
@@ -184,12 +193,8 @@ class _Changed:
         return SAME if changed == codes else None
 
 
-def cheapest(points: Iterable[Point]) -> list[Point]:
-    """Of each case the dtype that takes least: masks do not depend on it."""
-    found = defaultdict(list)
-    for point in points:
-        found[point.case.name].append(point)
-    return [min(same, key=lambda p: p.seconds) for same in found.values()]
+def _names(points: list[Point]) -> str:
+    return _digest(*sorted(p.name for p in points))
 
 
 def _line(file: str, number: int) -> str:

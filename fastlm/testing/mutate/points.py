@@ -77,9 +77,7 @@ class Point:
 
         try:
             with ptxsim.device(self.arch, rewrite=seen), _at_most(20 + 20 * self.seconds):
-                found = verdicts(
-                    getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton"
-                )
+                found = verdicts(getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton")
         except ptxsim.UnknownInstruction as error:
             raise Invalid(str(error)) from error
         except Exception as error:
@@ -106,10 +104,14 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def points_of(op: str, arch: str) -> Iterator[Point]:
-    """Those that are not refused: all dtypes on sm_80, bfloat16 on the others, as `make test` has them."""
-    for case in cases_of(op)[0]:
-        for dtype in case.dtypes:
+def points_of(op: str, arch: str, every: bool = False) -> Iterator[Point]:
+    """Those that are not refused: on sm_80 each case in one dtype, in turn; on the others in bfloat16.
+
+    every: in every dtype.
+    """
+    for n, case in enumerate(cases_of(op)[0]):
+        dtypes = case.dtypes if every else case.dtypes[n % len(case.dtypes) :][:1]
+        for dtype in dtypes if arch == "sm_80" else case.dtypes:
             if arch == "sm_80" or dtype == torch.bfloat16:
                 point = Point(op, case, dtype, arch)
                 if not point.refused():

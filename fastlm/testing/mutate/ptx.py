@@ -1,7 +1,6 @@
 """Changes of a kernel's PTX: each barrier, commit, wait and fence is deleted or weakened.
 
-Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, sections 9.7.9.25 (asynchronous copies),
-9.7.13 (barriers) and 9.7.15 (wgmma).
+Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, chapter 9.7.
 """
 
 import functools
@@ -55,7 +54,7 @@ def sites(text: str, ours: frozenset[str] | None = None) -> list[Site]:
 
 
 def _where(match: re.Match, files: dict, ours: frozenset[str] | None) -> str:
-    """The line that a .loc names, or the one that it was inlined at: the first that is in one of our files."""
+    """The line that a .loc names, or the one that it was inlined at: the one in one of our files."""
     for file, line in ((match.group(1), match.group(2)), (match.group(3), match.group(4))):
         name = files.get(file)
         if name and line != "0" and (ours is None or name in ours):

@@ -1,4 +1,4 @@
-"""Changes of the source of @triton.jit functions: each comparison flipped, each mask and `other` of a load dropped."""
+"""Changes of the source of @triton.jit functions: each comparison flipped, each mask and `other` dropped."""
 
 import ast
 import copy
@@ -38,8 +38,17 @@ def functions(package: str = "fastlm_triton") -> list[JITFunction]:
     return [f for f in found.values() if f.module.partition(".")[0] == package.partition(".")[0]]
 
 
+_called: dict[int, list[JITFunction]] = {}
+
+
 def called_by(function: JITFunction) -> list[JITFunction]:
     """Itself and all that it calls, directly or not."""
+    if id(function) not in _called:
+        _called[id(function)] = _all_called_by(function)
+    return _called[id(function)]
+
+
+def _all_called_by(function: JITFunction) -> list[JITFunction]:
     found, new = {}, [function]
     while new:
         at = new.pop()
@@ -81,6 +90,9 @@ def _changes(node: ast.AST, function: JITFunction) -> Iterator[Change]:
 def _without(call: ast.Call, dropped: str, place: int) -> ast.Call | None:
     """The load or store without its mask (and so without what stands for the masked), or without `other`."""
     place += dropped == "other"
+    other = call.args[place : place + 1] + [k.value for k in call.keywords if k.arg == "other"]
+    if dropped == "other" and other and isinstance(other[0], ast.Constant) and not other[0].value:
+        return None  # Triton 3.8 gives 0 where it is not told
     gone = ("mask", "other") if dropped == "mask" else ("other",)
     new = copy.deepcopy(call)
     new.args = new.args[:place]
@@ -105,21 +117,21 @@ def _change(function: JITFunction, node: ast.AST, new: ast.AST, what: str) -> Ch
 @contextmanager
 def replaced(function: JITFunction, text: str) -> Iterator[None]:
     """Inside it the function's source is `text`: whatever calls it is compiled anew."""
-    source, everything = function.src, functions()
-    callers = [f for f in everything if any(c is function for c in called_by(f))]
+    source = function.src
+    callers = [f for f in functions() if any(c is function for c in called_by(f))]
     kept = [(f, f.device_caches) for f in callers]
     for f, _ in kept:
         f.device_caches = defaultdict(f.create_binder)
-    _set(function, text, everything)
+    _set(function, text, callers)
     try:
         yield
     finally:
-        _set(function, source, everything)
+        _set(function, source, callers)
         for f, caches in kept:
             f.device_caches = caches
 
 
-def _set(function: JITFunction, text: str, everything: list[JITFunction]) -> None:
+def _set(function: JITFunction, text: str, callers: list[JITFunction]) -> None:
     function._unsafe_update_src(text)
-    for f in everything:  # their hashes are made of what they call, too
+    for f in callers:  # their hashes are made of what they call, too
         f.hash = None

@@ -9,7 +9,7 @@ _EVERY = 5.0  # seconds between two writes: a kill loses no more
 
 
 class State:
-    """Records by key. A record is a dict: op, arch, kind, kernel, where, line, what, verdict, how, points, seconds."""
+    """Records by key. op, arch, kind, kernel, where, line, what, verdict, how, points, seconds."""
 
     def __init__(self, file: Path):
         self._file, self._written = file, time.monotonic()

@@ -1,0 +1,78 @@
+"""python -m fastlm.testing.mutate: `make mutate` in one process, an op after the other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..._op import OPS
+from .job import KINDS, Job
+from .report import COLUMNS, markdown, report, shares
+from .state import State, write_json, write_text
+
+WHOLE = {"sm_80": KINDS, "sm_90a": ("ptx",)}  # masks are the same on both; barriers are not
+GOAL = 0.95
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90a; may be given again.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="ptx, source; may be given again.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Try survivors of an earlier run again.")] = False,
+    every: Annotated[
+        bool, typer.Option("--every-dtype", help="Each case in all dtypes, not in one.")
+    ] = False,
+    state: Annotated[Path, typer.Option(help="What has been tried: a run goes on there.")] = Path(
+        "build/mutants.json"
+    ),
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Write the table and the survivors to this page.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every mutant.")] = False,
+) -> None:
+    """Break the Triton kernels, one change at a time, and tell which changes the tests' cases catch.
+
+    Ends with 1 where fewer than 95% are caught, or where a survivor has no reason in explained.py.
+    """
+    console, kept = Console(soft_wrap=True, highlight=False), State(state)
+    torch.set_num_threads(1)
+    for name in op or [n for n, o in OPS.items() if "triton" in o.backends]:
+        for at in arch or WHOLE:
+            kinds = [k for k in kind or WHOLE.get(at, KINDS) if kind or k in WHOLE.get(at, KINDS)]
+            job = Job(name, at, kept, _teller(console, verbose), again, every)
+            job.prepare()
+            for each in kinds:
+                job.run(each)
+    found = report([r for r in kept.records.values() if op is None or r["op"] in op])
+    _show(found, console)
+    if json is not None:
+        write_json(json, found)
+    if docs is not None:
+        write_text(docs, markdown(found) + "\n")
+    mutants, caught = (sum(row[k] for row in found["rows"]) for k in ("mutants", "caught"))
+    unexplained = sum(row["unexplained"] for row in found["rows"])
+    raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
+
+
+def _teller(console: Console, verbose: bool):
+    def say(text: str) -> None:
+        if verbose or ": caught " not in text:
+            console.print(text, markup=False)
+
+    return say
+
+
+def _show(found: dict, console: Console) -> None:
+    table = Table(*COLUMNS)
+    for cells in shares(found):
+        table.add_row(*cells)
+    console.print(table)
+    for s in found["survivors"]:
+        why = s["reason"] or "NOT EXPLAINED"
+        console.print(f"{s['op']} {s['kernel']} {s['where']}: {s['what']}: {why}", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
