@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..._op import OPS
 from .job import KINDS, Job
-from .report import COLUMNS, markdown, report, shares
+from .report import COLUMNS, markdown, report, shares, totals
 from .state import State, write_json, write_text
 
 WHOLE = {"sm_80": KINDS, "sm_90a": ("ptx",)}  # masks are the same on both; barriers are not
@@ -51,8 +51,7 @@ def main(
         write_json(json, found)
     if docs is not None:
         write_text(docs, markdown(found) + "\n")
-    mutants, caught = (sum(row[k] for row in found["rows"]) for k in ("mutants", "caught"))
-    unexplained = sum(row["unexplained"] for row in found["rows"])
+    mutants, caught, unexplained = totals(found)
     raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
 
 

@@ -8,13 +8,16 @@ import triton
 from .explained import reason_for
 from .job import CAUGHT, SURVIVED
 
+_NAMES = ("op", "arch", "kind", "kernel")
+COLUMNS = ("op", "kernel", "arch", "changes of", "mutants", "caught", "share", "survivors", "unexplained")
+
 
 def report(records: list[dict]) -> dict:
-    """Content of the results file: {"versions", "rows", "survivors"}."""
+    """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
     rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "seconds": 0.0})
     survivors = []
     for record in records:
-        row = rows[record["op"], record["arch"], record["kind"], record["kernel"]]
+        row = rows[tuple(record[n] for n in _NAMES)]
         row["seconds"] += record["seconds"]
         if record["verdict"] not in (CAUGHT, SURVIVED):
             continue
@@ -23,16 +26,18 @@ def report(records: list[dict]) -> dict:
         if record["verdict"] == SURVIVED:
             reason = reason_for(record)
             row["unexplained"] += reason is None
-            told = {k: record[k] for k in ("op", "arch", "kind", "kernel", "where", "line", "what")}
+            told = {k: record[k] for k in (*_NAMES, "where", "line", "what")}
             survivors.append(told | {"reason": reason})
-    named = [
-        dict(zip(("op", "arch", "kind", "kernel"), key, strict=True))
-        | row
-        | {"seconds": round(row["seconds"])}
-        for key, row in sorted(rows.items())
-    ]
+    named = [dict(zip(_NAMES, key, strict=True)) | row for key, row in sorted(rows.items())]
+    for row in named:
+        row["seconds"] = round(row["seconds"])
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
+
+
+def totals(found: dict) -> tuple[int, int, int]:
+    """(mutants, caught, survivors without a reason)."""
+    return tuple(sum(row[k] for row in found["rows"]) for k in ("mutants", "caught", "unexplained"))
 
 
 def shares(found: dict) -> list[list[str]]:
@@ -40,22 +45,14 @@ def shares(found: dict) -> list[list[str]]:
     lines = []
     for row in found["rows"]:
         if row["mutants"]:
-            left = row["mutants"] - row["caught"]
-            lines.append(
-                [*(row[k] for k in ("op", "kernel", "arch", "kind")), *_counts(row["mutants"], left)]
-            )
-            lines[-1].append(str(row["unexplained"] or ""))
-    mutants, caught = (sum(row[k] for row in found["rows"]) for k in ("mutants", "caught"))
-    unexplained = sum(row["unexplained"] for row in found["rows"])
-    return [*lines, ["all", "", "", "", *_counts(mutants, mutants - caught), str(unexplained or "")]]
+            names = [row[k] for k in ("op", "kernel", "arch", "kind")]
+            lines.append(names + _counts(row["mutants"], row["caught"], row["unexplained"]))
+    return [*lines, ["all", "", "", "", *_counts(*totals(found))]]
 
 
-def _counts(mutants: int, survivors: int) -> list[str]:
-    share = f"{100 * (mutants - survivors) / mutants:.1f}%" if mutants else ""
-    return [str(mutants), str(mutants - survivors), share, str(survivors or "")]
-
-
-COLUMNS = ("op", "kernel", "arch", "changes of", "mutants", "caught", "share", "survivors", "unexplained")
+def _counts(mutants: int, caught: int, unexplained: int) -> list[str]:
+    share = f"{100 * caught / mutants:.1f}%" if mutants else ""
+    return [str(mutants), str(caught), share, str(mutants - caught or ""), str(unexplained or "")]
 
 
 def markdown(found: dict) -> str:
@@ -69,10 +66,8 @@ def markdown(found: dict) -> str:
     ]
     grouped = defaultdict(list)
     for s in found["survivors"]:
-        grouped[s["reason"] or "NOT EXPLAINED"].append(
-            f"{s['kernel']} {s['where']}: `{s['what']}` ({s['op']})"
-        )
-    for reason, survivors in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        told = sorted(set(survivors))
-        lines += ["", f"{reason} ({len(survivors)}):", "", *(f"- {line}" for line in told)]
+        told = f"{s['kernel']} {s['where']}: `{s['what']}` ({s['op']}, {s['arch']})"
+        grouped[s["reason"] or "NOT EXPLAINED"].append(told)
+    for reason, told in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        lines += ["", f"{reason} ({len(told)}):", "", *(f"- {line}" for line in sorted(set(told)))]
     return "\n".join(lines)
