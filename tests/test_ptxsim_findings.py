@@ -247,3 +247,33 @@ def test_global_memory_has_no_order_between_blocks_or_warps():
         text = HEAD + store + "\nret;\n}"
         with pytest.raises(SimulationError) if race else nullcontext():
             run(text, (2, 1, 1), (64, 1, 1), [x, y, struct.pack("<i", 64)], 256)
+
+
+PRODUCT = """
+.reg .b32 %a<4>, %d<4>;
+mov.u32 %r5, 0;
+st.shared.b32 [%r3], %r5;
+fence.proxy.async.shared::cta;
+bar.sync 0;
+mov.u64 %rd6, 0;
+setp.eq.u32 %p1, %r5, 0;
+mov.u32 %a0, 0; mov.u32 %a1, 0; mov.u32 %a2, 0; mov.u32 %a3, 0;
+mov.u32 %d0, 0; mov.u32 %d1, 0; mov.u32 %d2, 0; mov.u32 %d3, 0;
+wgmma.fence.sync.aligned;
+// between
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%d0,%d1,%d2,%d3}, {%a0,%a1,%a2,%a3}, %rd6, %p1, 1, 1, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+add.u32 %r6, %d0, %d3;
+"""
+
+
+def test_wgmma_needs_a_fence_after_other_uses_of_its_registers():
+    options = {"threads": 128, "shared": 512}
+    head = "and.b32 %r1, %r1, 63; "
+    execute(head + PRODUCT, **options)
+    assert found(head + PRODUCT.replace("wgmma.fence.sync.aligned;", ""), **options).kind == "async"
+    for use in ("mov.u32 %a1, 0;", "mov.u32 %d1, 0;", "mov.u32 %r6, %d1;"):
+        assert found(head + PRODUCT.replace("// between", use), **options).kind == "async"
+    execute(head + PRODUCT.replace("// between", "mov.u32 %r6, %a1;"), **options)
+    assert found(head + PRODUCT.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"), **options)
