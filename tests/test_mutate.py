@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from fastlm.testing.cases import Draw, cases_of
+from fastlm.testing.cases import cases_of
 from fastlm.testing.mutate import ptx, source
 from fastlm.testing.mutate.explained import REASONS, Reason, reason_for
-from fastlm.testing.mutate.job import CAUGHT, SAME, SURVIVED, Job, groups_of
+from fastlm.testing.mutate.job import CAUGHT, SAME, SURVIVED, Job, _Changed, groups_of
 from fastlm.testing.mutate.points import Point
 from fastlm.testing.mutate.report import markdown, report
 from fastlm.testing.mutate.state import State
@@ -60,8 +60,6 @@ def test_masks_are_changed_one_at_a_time_and_what_is_no_change_is_told_apart(poi
     found = {c.what: c for c in source.changes(function)}
 
     def verdict(text):
-        from fastlm.testing.mutate.job import _Changed
-
         with source.replaced(function, text):
             return job._verdict([point], _Changed().wrong)[0]
 
@@ -97,4 +95,3 @@ def test_survivors_need_a_reason(monkeypatch):
 
 def test_reasons_are_sentences():
     assert all(r.reason and r.reason[0].isupper() for r in REASONS)
-    assert Draw(0, torch.float32)

@@ -76,7 +76,7 @@ class Point:
             return binary if rewrite is None else rewrite(kernel, binary)
 
         try:
-            with ptxsim.device(self.arch, rewrite=seen), _at_most(20 + 20 * self.seconds):
+            with ptxsim.device(self.arch, rewrite=seen), _at_most(120 + 20 * self.seconds):
                 found = verdicts(getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton")
         except ptxsim.UnknownInstruction as error:
             raise Invalid(str(error)) from error
@@ -90,18 +90,18 @@ class Point:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError where what runs inside does not end: in the main thread of a Unix system."""
+    """Raises TimeoutError where what runs inside takes longer (of the processor), in a main thread."""
 
     def stop(*_):
         raise TimeoutError(f"does not end in {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def points_of(op: str, arch: str, every: bool = False) -> Iterator[Point]:

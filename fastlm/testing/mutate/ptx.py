@@ -11,7 +11,7 @@ from typing import NamedTuple
 _SITE = re.compile(
     r"(?<![\w.%$])(bar\.sync|barrier\.sync(?:\.aligned)?|bar\.warp\.sync|cp\.async\.commit_group|"
     r"cp\.async\.wait_group|cp\.async\.wait_all|wgmma\.fence\.sync\.aligned|wgmma\.commit_group\.sync\.aligned|"
-    r"wgmma\.wait_group\.sync\.aligned|fence\.proxy\.async(?:[.:]\w+)*)\b([^;]*);"
+    r"wgmma\.wait_group\.sync\.aligned|fence\.proxy\.async(?:[.:]+\w+)*)\b([^;]*);"
 )
 _FILE = re.compile(r'(?m)^\s*\.file\s+(\d+)\s+"(?:[^"\n]*/)?([^/"\n]+)"')
 _LOC = re.compile(r"(?m)^\s*\.loc\s+(\d+)\s+(\d+)[^\n]*?(?:inlined_at\s+(\d+)\s+(\d+)[^\n]*)?$")
