@@ -23,35 +23,30 @@ def point():
 
 
 def forward_group(point):
-    return next(g for g in groups_of([point]).values() if g.kernel == "norm_forward")
+    return next(g for g in groups_of([point]) if g.kernel == "norm_forward")
 
 
 def test_every_change_of_the_forward_kernels_barriers_is_caught(point):
     group = forward_group(point)
-    found = ptx.changes(ptx.sites(group.texts[0]))
+    found = [(at, change) for at, site in group.sites.items() for change in ptx.changes(site)]
     assert len(found) >= 4
-    assert all("race" in point.wrong(group.rewrite(change)) for change in found)
+    assert all("race" in point.wrong(group.rewrite(*change)) for change in found)
 
 
 def test_a_barrier_that_stands_twice_is_not_missed(point):
-    group = forward_group(point)
-    twice = group.texts[0].replace("bar.sync \t0;", "bar.sync \t0; bar.sync \t0;")
-    sites, codes = ptx.sites(twice), group.codes
-    assert len(sites) == 2 * len(ptx.sites(group.texts[0]))
-
-    def without(n):
-        change = next(c for c in ptx.changes(sites) if c.site == n)
-        new = ptx.changed(twice, change).encode()
-        return lambda kernel, binary: new if ptx.digest(binary) in codes else binary
-
-    assert point.wrong(without(0)) is None
-    assert point.wrong(without(1)) is None
+    launch = next(la for la in point.launches if la.kernel == "norm_forward")
+    twice = launch.binary.decode().replace("bar.sync \t0;", "bar.sync \t0; bar.sync \t0;")
+    sites = ptx.sites(twice)
+    assert len(sites) == 2 * len(ptx.sites(launch.binary.decode()))
+    for site in sites[:2]:
+        new = ptx.changed(twice, site, ptx.changes(site)[0]).encode()
+        assert point.wrong(lambda _, text, new=new: new if text == launch.binary else text) is None
 
 
 def test_a_site_is_told_by_the_line_of_the_kernels_source(point):
     group = forward_group(point)
-    for site in ptx.sites(group.texts[0], group.files):
-        assert "tl.sum" in group.line(site.source) or "tl.store" in group.line(site.source)
+    lines = [group.line(site.source) for site in group.sites.values()]
+    assert lines and all("tl.sum" in line or "tl.store" in line for line in lines)
 
 
 def test_masks_are_changed_one_at_a_time_and_what_is_no_change_is_told_apart(point, tmp_path):

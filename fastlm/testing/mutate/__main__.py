@@ -25,6 +25,7 @@ def main(
     every: Annotated[
         bool, typer.Option("--every-dtype", help="Each case in all dtypes, not in one.")
     ] = False,
+    apart: Annotated[bool, typer.Option("--apart", help="Change a kernel's variants one by one.")] = False,
     state: Annotated[Path, typer.Option(help="What has been tried: a run goes on there.")] = Path(
         "build/mutants.json"
     ),
@@ -41,7 +42,7 @@ def main(
     for name in op or [n for n, o in OPS.items() if "triton" in o.backends]:
         for at in arch or WHOLE:
             kinds = [k for k in kind or WHOLE.get(at, KINDS) if kind or k in WHOLE.get(at, KINDS)]
-            job = Job(name, at, kept, _teller(console, verbose), again, every)
+            job = Job(name, at, kept, _teller(console, verbose), again=again, every=every, apart=apart)
             job.prepare()
             for each in kinds:
                 job.run(each)

@@ -10,7 +10,7 @@ from pathlib import Path
 import triton
 
 from . import ptx, source
-from .points import Invalid, Point, points_of
+from .points import Invalid, Launch, Point, points_of
 from .state import State
 
 KINDS = ("ptx", "source")
@@ -18,13 +18,15 @@ CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
 
 
 class Job:
-    """One op on one architecture."""
+    """One op on one architecture.
 
-    def __init__(
-        self, op: str, arch: str, state: State, say: Callable[[str], None], again=False, every=False
-    ):
+    again: survivors of an earlier run are tried again. every: each case in every dtype. apart: variants of a
+    kernel are changed each by itself where their statements differ.
+    """
+
+    def __init__(self, op: str, arch: str, state: State, say: Callable[[str], None], **flags: bool):
         self.op, self.arch, self.state, self.say = op, arch, state, say
-        self.again, self.every = again, every  # survivors again; every dtype
+        self.again, self.every, self.apart = (flags.get(n, False) for n in ("again", "every", "apart"))
         self.points: list[Point] = []
         self._catchers: list[Point] = []  # the last one first
 
@@ -54,21 +56,19 @@ class Job:
     # PTX
 
     def _ptx(self) -> set[str]:
-        keys = set()
-        for group in groups_of(self.points).values():
-            keys |= self._group(group)
-        return keys
+        return {key for group in groups_of(self.points, self.apart) for key in self._group(group)}
 
     def _group(self, group: "Group") -> set[str]:
-        keys, found = set(), ptx.sites(group.texts[0], group.files)
-        for change in ptx.changes(found):
-            where = found[change.site].source
-            key = _digest(self.op, self.arch, group.kernel, *sorted(group.codes), change.site, change.what)
-            facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
-            facts |= {"where": where, "line": group.line(where)}
-            keys.add(key)
-            if not self._known(key, facts, group.points):
-                self._try(key, facts, group.points, lambda p, c=change: p.wrong(group.rewrite(c)))
+        keys = set()
+        for at, site in group.sites.items():
+            scope = [p for p in group.points if any(at in group.own(launch) for launch in p.launches)]
+            for change in ptx.changes(site):
+                key = _digest(self.op, self.arch, group.kernel, *sorted(group.variants), at, change.what)
+                facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
+                facts |= {"where": site.source, "line": group.line(site.source)}
+                keys.add(key)
+                if not self._known(key, facts, scope):
+                    self._try(key, facts, scope, lambda p, a=at, c=change: p.wrong(group.rewrite(a, c)))
         return keys
 
     # Source
@@ -133,45 +133,53 @@ class Job:
 
 
 class Group:
-    """Variants of one kernel (dtypes, flags, sizes) with the same statements to change: changed together."""
+    """Variants of one kernel (dtypes, flags, sizes): a statement that they share is changed in all.
 
-    def __init__(self, kernel: str, files: frozenset[str], paths: dict[str, str]):
-        self.kernel, self.files, self._paths = kernel, files, paths
-        self.codes: list[str] = []
-        self.texts: list[str] = []
+    variants: the sites of each, by its code's digest. sites: all that there are. points: what launches them.
+    """
+
+    def __init__(self, kernel: str, paths: dict[str, str]):
+        self.kernel, self._paths = kernel, paths
+        self.variants: dict[str, dict[tuple, ptx.Site]] = {}
+        self.sites: dict[tuple, ptx.Site] = {}
         self.points: list[Point] = []
+
+    def add(self, point: Point, code: str, sites: list[ptx.Site]) -> None:
+        """A launch."""
+        self.variants[code] = ptx.keyed(sites)
+        self.sites = self.variants[code] | self.sites
+        if not any(p is point for p in self.points):
+            self.points.append(point)
+
+    def own(self, launch: Launch) -> dict[tuple, ptx.Site]:
+        """The sites of what was launched, if it is one of these variants."""
+        return self.variants.get(launch.code, {}) if launch.kernel == self.kernel else {}
 
     def line(self, where: str) -> str:
         """The text of a line of source."""
         name, _, number = where.partition(":")
         return _line(self._paths.get(name, ""), int(number or 0))
 
-    def rewrite(self, change: ptx.Change):
-        """What the simulator calls: changes these variants and leaves all others alone."""
+    def rewrite(self, at: tuple, change: ptx.Change):
+        """What the simulator calls: changes these variants at one site, and leaves all others alone."""
 
         def rewritten(kernel: str, binary: bytes) -> bytes:
-            if kernel != self.kernel or ptx.digest(binary) not in self.codes:
-                return binary
-            return ptx.changed(binary.decode(), change).encode()
+            site = self.own(Launch(kernel, ptx.digest(binary), binary)).get(at)
+            return binary if site is None else ptx.changed(binary.decode(), site, change).encode()
 
         return rewritten
 
 
-def groups_of(points: Iterable[Point]) -> dict[tuple, Group]:
-    """Every kernel that was launched, its variants in groups."""
+def groups_of(points: Iterable[Point], apart: bool = False) -> list[Group]:
+    """Every kernel that was launched, with its variants; apart: those together that have the same sites."""
     paths = {Path(f.file_name).name: f.file_name for f in source.functions()}
-    files, groups = frozenset(paths), {}
+    ours, groups = frozenset(paths), {}
     for point in points:
         for launch in point.launches:
-            text = launch.binary.decode()
-            key = (launch.kernel, *ptx.signature(ptx.sites(text, files)))
-            group = groups.setdefault(key, Group(launch.kernel, files, paths))
-            if launch.code not in group.codes:
-                group.codes.append(launch.code)
-                group.texts.append(text)
-            if not any(p is point for p in group.points):
-                group.points.append(point)
-    return groups
+            sites = ptx.sites(launch.binary.decode(), ours)
+            key = (launch.kernel, *(ptx.signature(sites) if apart else ()))
+            groups.setdefault(key, Group(launch.kernel, paths)).add(point, launch.code, sites)
+    return list(groups.values())
 
 
 class _Changed:

@@ -6,6 +6,7 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, chapte
 import functools
 import hashlib
 import re
+from collections import Counter
 from typing import NamedTuple
 
 _SITE = re.compile(
@@ -31,10 +32,9 @@ class Site(NamedTuple):
 
 
 class Change(NamedTuple):
-    """what: in words. site: number of the site. text: what stands there instead."""
+    """what: in words. text: what stands there instead."""
 
     what: str
-    site: int
     text: str
 
 
@@ -62,12 +62,18 @@ def _where(match: re.Match, files: dict, ours: frozenset[str] | None) -> str:
     return ""
 
 
-def changes(found: list[Site]) -> list[Change]:
-    """Every change of every site."""
-    return [Change(what, n, text) for n, site in enumerate(found) for what, text in _changes(site)]
+def keyed(found: list[Site]) -> dict[tuple, Site]:
+    """Sites by (line of source, statement, number among those alike): variants of a kernel share most."""
+    before, keys = Counter(), {}
+    for site in found:
+        alike = (site.source, site.opcode + site.rest)
+        keys[(*alike, before[alike])] = site
+        before[alike] += 1
+    return keys
 
 
-def _changes(site: Site) -> list[tuple[str, str]]:
+def changes(site: Site) -> list[Change]:
+    """Every change of a site."""
     told = site.opcode + site.rest
     made = [(f"{told} deleted", "")]
     if site.opcode.startswith(("bar.sync", "barrier.sync")):
@@ -75,17 +81,16 @@ def _changes(site: Site) -> list[tuple[str, str]]:
     if "wait_group" in site.opcode:
         more = f"{site.opcode} {int(site.rest, 0) + 1}"
         made.append((f"{told} -> {more}", f"{more};"))
-    return made
+    return [Change(what, text) for what, text in made]
 
 
-def changed(text: str, change: Change) -> str:
+def changed(text: str, site: Site, change: Change) -> str:
     """The kernel with the change."""
-    site = sites(text)[change.site]
     return text[: site.start] + change.text + text[site.end :]
 
 
 def signature(found: list[Site]) -> tuple:
-    """Variants of a kernel (dtypes, flags) that have the same one have the same changes."""
+    """Variants of a kernel (dtypes, flags) that have the same one have all their sites in common."""
     return tuple((s.opcode, s.rest, s.source) for s in found)
 
 
