@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Case
+from . import Case, p_at_a_word
 
 DIFFERENTIABLE = ("x", "weight", "bias", "residual")
 
@@ -27,7 +27,7 @@ CASES = [
     Case("weight-only", lambda d: {"x": d.normal(6, 33), "weight": d.normal(33)}),
     Case("float32-parameters", _float32_parameters),
     Case("residual", lambda d: affine(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
-    Case("dropout", lambda d: affine(d, 9, 130) | {"dropout_p": 0.3, "seed": 11}),
+    Case("dropout", lambda d: affine(d, 9, 130) | {"dropout_p": p_at_a_word(11, 1), "seed": 11}),
     Case(
         "residual-dropout",
         lambda d: affine(d, 4, 10, 41) | {"residual": d.normal(4, 10, 41), "dropout_p": 0.1, "seed": -3},
