@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: setup demo test test-slow test-gpu-model bench gpu lint format sanitize clean
+.PHONY: setup demo test test-slow test-gpu-model mutate bench gpu lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -37,6 +37,11 @@ test-slow: setup
 # Every case of every GPU kernel on every simulated architecture.
 test-gpu-model: setup
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
+
+# Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
+# make mutate ARGS="--op layer_norm" takes minutes.
+mutate: setup
+	@$(PYTHON) -m fastlm.testing.mutate --json benchmarks/results/mutation.json $(ARGS)
 
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup

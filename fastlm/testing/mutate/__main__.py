@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..._op import OPS
 from .job import KINDS, Job
-from .report import COLUMNS, markdown, report, shares, totals
+from .report import COLUMNS, in_page, markdown, report, shares, totals
 from .state import State, write_json, write_text
 
 WHOLE = {"sm_80": KINDS, "sm_90a": ("ptx",)}  # masks are the same on both; barriers are not
@@ -21,6 +21,7 @@ def main(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given again.")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90a; may be given again.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="ptx, source; may be given again.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given again.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Try survivors of an earlier run again.")] = False,
     every: Annotated[
         bool, typer.Option("--every-dtype", help="Each case in all dtypes, not in one.")
@@ -30,7 +31,7 @@ def main(
         "build/mutants.json"
     ),
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
-    docs: Annotated[Path | None, typer.Option(help="Write the table and the survivors to this page.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Write them into this page, between its markers.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print every mutant.")] = False,
 ) -> None:
     """Break the Triton kernels, one change at a time, and tell which changes the tests' cases catch.
@@ -43,7 +44,7 @@ def main(
         for at in arch or WHOLE:
             kinds = [k for k in kind or WHOLE.get(at, KINDS) if kind or k in WHOLE.get(at, KINDS)]
             job = Job(name, at, kept, _teller(console, verbose), again=again, every=every, apart=apart)
-            job.prepare()
+            job.prepare(case)
             for each in kinds:
                 job.run(each)
     found = report([r for r in kept.records.values() if op is None or r["op"] in op])
@@ -51,7 +52,7 @@ def main(
     if json is not None:
         write_json(json, found)
     if docs is not None:
-        write_text(docs, markdown(found) + "\n")
+        write_text(docs, in_page(docs.read_text(encoding="utf-8"), markdown(found)))
     mutants, caught, unexplained = totals(found)
     raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
 

@@ -30,9 +30,9 @@ class Job:
         self.points: list[Point] = []
         self._catchers: list[Point] = []  # the last one first
 
-    def prepare(self) -> None:
-        """Runs every case on the kernels as they are."""
-        for point in points_of(self.op, self.arch, self.every):
+    def prepare(self, cases: list[str] | None = None) -> None:
+        """Runs every case, or these, on the kernels as they are."""
+        for point in points_of(self.op, self.arch, self.every, cases):
             try:
                 wrong = point.baseline()
             except Invalid as error:

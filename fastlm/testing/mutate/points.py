@@ -104,12 +104,14 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def points_of(op: str, arch: str, every: bool = False) -> Iterator[Point]:
+def points_of(op: str, arch: str, every: bool = False, cases: list[str] | None = None) -> Iterator[Point]:
     """Those that are not refused: on sm_80 each case in one dtype, in turn; on the others in bfloat16.
 
-    every: in every dtype.
+    every: in every dtype. cases: names of the only ones wanted.
     """
     for n, case in enumerate(cases_of(op)[0]):
+        if cases and case.name not in cases:
+            continue
         dtypes = case.dtypes if every else case.dtypes[n % len(case.dtypes) :][:1]
         for dtype in dtypes if arch == "sm_80" else case.dtypes:
             if arch == "sm_80" or dtype == torch.bfloat16:
