@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..._op import OPS
+from . import source
 from .job import KINDS, Job
 from .report import COLUMNS, in_page, markdown, report, shares, totals
 from .state import State, write_json, write_text
@@ -38,23 +39,36 @@ def main(
 
     Ends with 1 where fewer than 95% are caught, or where a survivor has no reason in explained.py.
     """
-    console, kept = Console(soft_wrap=True, highlight=False), State(state)
+    console, kept = Console(soft_wrap=True, highlight=False, emoji=False), State(state)
     torch.set_num_threads(1)
+    launched = set()
     for name in op or [n for n, o in OPS.items() if "triton" in o.backends]:
         for at in arch or WHOLE:
             kinds = [k for k in kind or WHOLE.get(at, KINDS) if kind or k in WHOLE.get(at, KINDS)]
             job = Job(name, at, kept, _teller(console, verbose), again=again, every=every, apart=apart)
             job.prepare(case)
+            launched |= job.launched()
             for each in kinds:
                 job.run(each)
     found = report([r for r in kept.records.values() if op is None or r["op"] in op])
     _show(found, console)
+    for kernel in never(launched):
+        console.print(f"No case of these ops launches {kernel}")
     if json is not None:
         write_json(json, found)
     if docs is not None:
         write_text(docs, in_page(docs.read_text(encoding="utf-8"), markdown(found)))
     mutants, caught, unexplained = totals(found)
     raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
+
+
+def never(launched: set[str]) -> list[str]:
+    """Functions beside those launched that nothing launches or calls."""
+    functions = source.functions()
+    used = [c for f in functions if f.__name__ in launched for c in source.called_by(f)]
+    modules = {f.module for f in functions if f.__name__ in launched}
+    beside = [f for f in functions if f.module in modules and not any(f is u for u in used)]
+    return [f"{f.module.rpartition('.')[2]}.{f.__name__}" for f in beside]
 
 
 def _teller(console: Console, verbose: bool):

@@ -73,9 +73,13 @@ class Job:
 
     # Source
 
+    def launched(self) -> set[str]:
+        """Names of the kernels that the cases launch."""
+        return {launch.kernel for p in self.points for launch in p.launches}
+
     def _source(self) -> set[str]:
         keys, points = set(), self.points
-        kernels = {launch.kernel for p in points for launch in p.launches}
+        kernels = self.launched()
         launched = [f for f in source.functions() if f.__name__ in kernels]
         called = {id(f): f for k in launched for f in source.called_by(k)}
         code = _digest(*sorted(f.src for f in called.values()))
@@ -97,7 +101,8 @@ class Job:
         known = self.state.records.get(key)
         if known is None:
             return False
-        if known["verdict"] == SURVIVED and (known["points"] != _names(scope) or self.again):
+        open_ = known["verdict"] in (SURVIVED, SAME)
+        if open_ and (known["points"] != _names(scope) or self.again):
             return False
         self.state.add(key, known | facts)
         return True
