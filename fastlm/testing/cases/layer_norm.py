@@ -24,6 +24,10 @@ CASES = [
     Case("odd", lambda d: affine(d, 7, 41)),
     Case("many-rows", lambda d: affine(d, 3, 67, 48)),
     Case("wide", lambda d: affine(d, 3, 5000)),
+    Case(
+        "wider-than-a-tile",
+        lambda d: affine(d, 2, 16390) | {"residual": d.normal(2, 16390), "dropout_p": 0.1, "seed": 2},
+    ),
     Case("weight-only", lambda d: {"x": d.normal(6, 33), "weight": d.normal(33)}),
     Case("float32-parameters", _float32_parameters),
     Case("residual", lambda d: affine(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
