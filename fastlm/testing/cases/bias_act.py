@@ -14,7 +14,7 @@ def biased(d, *shape):
 
 
 def _infinities(d):
-    return {"x": torch.tensor([[float("inf"), 1.0, -float("inf")]], dtype=d.dtype)}
+    return {"x": torch.tensor([[float("inf"), 1.0, -float("inf"), 0.0]], dtype=d.dtype)}
 
 
 def _each(name, inputs, activations=ACTIVATIONS):

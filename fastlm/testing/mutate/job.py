@@ -87,7 +87,7 @@ class Job:
             callers = {k.__name__ for k in launched if any(f is function for f in source.called_by(k))}
             scope = [p for p in points if any(launch.kernel in callers for launch in p.launches)]
             for change in source.changes(function):
-                key = _digest(self.op, self.arch, code, function.__name__, change.line, change.what)
+                key = _digest(self.op, self.arch, code, function.__name__, change.text)
                 name = Path(function.file_name).name
                 facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
                 facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
