@@ -14,7 +14,6 @@ class Reason(NamedTuple):
 
 
 _TO_WARP = r"bar\.sync 0 -> bar\.warp\.sync"
-_ANY_BAR = r"bar\.sync 0 "
 _ONE_WARP = "What is exchanged over this barrier stays inside one warp, whose own barrier suffices."
 _BAD_TARGET = (
     "No case can have a target that is no class: check() refuses it on CPU tensors. On the simulator"
@@ -24,13 +23,7 @@ _BAD_TARGET = (
 REASONS: list[Reason] = [
     Reason("add_partials", r"total = tl\.sum", _TO_WARP, _ONE_WARP),
     Reason("norm_backward", r"tl\.store\(sums .*tl\.sum\(d(weight|bias), 0\)", _TO_WARP, _ONE_WARP),
-    Reason(
-        "rotate_rows",
-        r"a, b = tl\.split|tl\.store\(y \+ both",
-        _ANY_BAR,
-        "Joining the pairs is their splitting backwards: a thread writes where it alone has read, so there is"
-        " nothing to wait for.",
-    ),
+    Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
         "norm_backward",
         r"n -= tl\.load\(mean_in",
