@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: setup demo test test-slow test-gpu-model bars bench gpu lint format sanitize clean
+.PHONY: setup demo test test-slow test-gpu-model bars mutate bench gpu lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -41,6 +41,11 @@ test-gpu-model: setup
 # What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
 bars: setup
 	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars.json --docs docs/evidence.md $(ARGS)
+
+# Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
+# make mutate ARGS="--op layer_norm" takes minutes.
+mutate: setup
+	@$(PYTHON) -m fastlm.testing.mutate --json benchmarks/results/mutation.json $(ARGS)
 
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup

@@ -1,6 +1,7 @@
 """ptxsim finds what a GPU would not forgive, each by a planted bug, and refuses what nobody has written."""
 
 import struct
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -248,3 +249,48 @@ def test_the_whole_kernel_is_refused_before_any_of_it_runs():
         execute(
             "st.global.b32 [%rd5], %r1; setp.eq.u32 %p1, %r1, 99; @%p1 bra NO; ret; NO: frob.b32 %r1, %r2;"
         )
+
+
+def test_global_memory_has_no_order_between_blocks_or_warps():
+    across = "st.global.b32 [%rd5], %r1; xor.b32 %r4, %r1, 33; mul.wide.u32 %rd3, %r4, 4;"
+    across += "add.s64 %rd5, %rd2, %rd3;"
+    assert found(across + "ld.global.b32 %r6, [%rd5];").kind == "race"
+    assert found(across + "st.global.b32 [%rd5], %r1;").kind == "race"
+    execute(across + "bar.sync 0; ld.global.b32 %r6, [%rd5];")
+    execute(across + "bar.sync 0; st.global.b32 [%rd5], %r1;")
+    x, y = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    for value, race in (("%r9", False), ("%r5", True)):  # one value of all blocks, another one of each
+        store = f"mov.u32 %r5, %ctaid.x; st.global.b32 [%rd5], {value};"
+        text = HEAD + store + "\nret;\n}"
+        with pytest.raises(SimulationError) if race else nullcontext():
+            run(text, (2, 1, 1), (64, 1, 1), [x, y, struct.pack("<i", 64)], 256)
+
+
+PRODUCT = """
+.reg .b32 %a<4>, %d<4>;
+mov.u32 %r5, 0;
+st.shared.b32 [%r3], %r5;
+fence.proxy.async.shared::cta;
+bar.sync 0;
+mov.u64 %rd6, 0;
+setp.eq.u32 %p1, %r5, 0;
+mov.u32 %a0, 0; mov.u32 %a1, 0; mov.u32 %a2, 0; mov.u32 %a3, 0;
+mov.u32 %d0, 0; mov.u32 %d1, 0; mov.u32 %d2, 0; mov.u32 %d3, 0;
+wgmma.fence.sync.aligned;
+// between
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%d0,%d1,%d2,%d3}, {%a0,%a1,%a2,%a3}, %rd6, %p1, 1, 1, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+add.u32 %r6, %d0, %d3;
+"""
+
+
+def test_wgmma_needs_a_fence_after_other_uses_of_its_registers():
+    options = {"threads": 128, "shared": 512}
+    head = "and.b32 %r1, %r1, 63; "
+    execute(head + PRODUCT, **options)
+    assert found(head + PRODUCT.replace("wgmma.fence.sync.aligned;", ""), **options).kind == "async"
+    for use in ("mov.u32 %a1, 0;", "mov.u32 %d1, 0;", "mov.u32 %r6, %d1;"):
+        assert found(head + PRODUCT.replace("// between", use), **options).kind == "async"
+    execute(head + PRODUCT.replace("// between", "mov.u32 %r6, %a1;"), **options)
+    assert found(head + PRODUCT.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"), **options)

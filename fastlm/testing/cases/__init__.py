@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._philox import philox
+
 SEEDS = range(6)  # of a case's draws, judged as one sample: docs/decisions.md has why
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +49,14 @@ class Case:
     name: str
     inputs: Callable[[Draw], dict]
     dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def p_at_a_word(seed: int, row: int) -> float:
+    """The dropout_p whose threshold is a drawn word: of column 0 of a row, of key 0 of a query of head 0.
+
+    That element is kept, by nothing to spare: a kernel that compares with > for >= drops it.
+    """
+    return philox(torch.tensor([seed]), (0, row, 0, 0))[0].item() / 4294967296.0
 
 
 def cases_of(op: str) -> tuple[list[Case], tuple[str, ...]]:

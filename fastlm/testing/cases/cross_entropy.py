@@ -27,6 +27,13 @@ def _masked_classes(d):
     return inputs | {"logits": inputs["logits"].masked_fill(classes, float("-inf"))}
 
 
+def _masked_target(d):
+    inputs = scores(d, 4, 41)
+    inputs["logits"][1, inputs["target"][1]] = float("-inf")
+    inputs["logits"][2, 5] = float("-inf")
+    return inputs | {"label_smoothing": 0.1, "reduction": "none"}
+
+
 def _nan(d):
     inputs = scores(d, 4, 41)
     inputs["logits"][1, 5] = float("nan")
@@ -59,6 +66,7 @@ CASES = [
     Case("extreme", lambda d: scores(d, 6, 41, scale=1e4) | {"label_smoothing": 0.1}),
     Case("offset", lambda d: scores(d, 6, 41) | {"logits": d.normal(6, 41) + 1e4}),
     Case("masked-classes", _masked_classes),
+    Case("masked-target", _masked_target),
     Case(
         "only-minus-infinity",
         lambda d: scores(d, 2, 40) | {"logits": torch.full((2, 40), -torch.inf).to(d.dtype)},

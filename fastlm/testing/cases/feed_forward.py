@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Case
+from . import Case, p_at_a_word
 
 DIFFERENTIABLE = ("x", "w1", "b1", "w2", "b2")
 
@@ -29,7 +29,10 @@ CASES = [
         for a in ("gelu_tanh", "relu", "silu")
     ),
     Case(
-        "dropout", lambda d: {"x": d.normal(3, 11, 40), "dropout_p": 0.3, "seed": 5} | layer(d, 40, 160, 40)
+        "dropout",
+        lambda d: (
+            {"x": d.normal(3, 11, 40), "dropout_p": p_at_a_word(11, 1), "seed": 11} | layer(d, 40, 160, 40)
+        ),
     ),
     Case("no-biases", lambda d: {"x": d.normal(2, 9, 40)} | layer(d, 40, 64, 24) | {"b1": None, "b2": None}),
     Case("packed-slice", lambda d: {"x": d.slice_of((4, 5, 120), 40, 40)} | layer(d, 40, 64, 24)),

@@ -19,8 +19,8 @@ def _packed(d):
 
 
 def _infinities(d):
-    gate = torch.tensor([[float("inf"), 1.0, -float("inf")]], dtype=d.dtype)
-    return {"gate": gate, "up": torch.tensor([[2.0, float("inf"), -1.0]], dtype=d.dtype)}
+    gate = torch.tensor([[float("inf"), 1.0, -float("inf"), 0.0]], dtype=d.dtype)
+    return {"gate": gate, "up": torch.tensor([[2.0, float("inf"), -1.0, 3.0]], dtype=d.dtype)}
 
 
 def _each(name, inputs, activations=ACTIVATIONS):

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Case
+from . import Case, p_at_a_word
 
 DIFFERENTIABLE = ("x", "weight", "bias", "residual")
 
@@ -24,10 +24,14 @@ CASES = [
     Case("odd", lambda d: affine(d, 7, 41)),
     Case("many-rows", lambda d: affine(d, 3, 67, 48)),
     Case("wide", lambda d: affine(d, 3, 5000)),
+    Case(
+        "wider-than-a-tile",
+        lambda d: affine(d, 2, 16390) | {"residual": d.normal(2, 16390), "dropout_p": 0.1, "seed": 2},
+    ),
     Case("weight-only", lambda d: {"x": d.normal(6, 33), "weight": d.normal(33)}),
     Case("float32-parameters", _float32_parameters),
     Case("residual", lambda d: affine(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
-    Case("dropout", lambda d: affine(d, 9, 130) | {"dropout_p": 0.3, "seed": 11}),
+    Case("dropout", lambda d: affine(d, 9, 130) | {"dropout_p": p_at_a_word(11, 1), "seed": 11}),
     Case(
         "residual-dropout",
         lambda d: affine(d, 4, 10, 41) | {"residual": d.normal(4, 10, 41), "dropout_p": 0.1, "seed": -3},

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import Case
+from . import Case, p_at_a_word
 
 DIFFERENTIABLE = ("x", "weight", "residual")
 
@@ -17,10 +17,11 @@ CASES = [
     Case("odd", lambda d: _scaled(d, 7, 41)),
     Case("many-rows", lambda d: _scaled(d, 3, 67, 48)),
     Case("wide", lambda d: _scaled(d, 3, 5000)),
+    Case("wider-than-a-tile", lambda d: _scaled(d, 2, 16390) | {"weight_offset": 1.0}),
     Case("offset", lambda d: {"x": d.normal(6, 33), "weight": d.normal(33), "weight_offset": 1.0}),
     Case("float32-weight", lambda d: {"x": d.normal(6, 48), "weight": d.normal(48, dtype=torch.float32)}),
     Case("residual", lambda d: _scaled(d, 2, 9, 41) | {"residual": d.normal(2, 9, 41)}),
-    Case("dropout", lambda d: _scaled(d, 9, 130) | {"dropout_p": 0.3, "seed": 11}),
+    Case("dropout", lambda d: _scaled(d, 9, 130) | {"dropout_p": p_at_a_word(11, 1), "seed": 11}),
     Case(
         "residual-dropout",
         lambda d: (

@@ -36,6 +36,7 @@ CASES = [
     Case("scalar", lambda d: {"x": d.normal()}),
     Case("one-column", lambda d: {"x": d.normal(5, 1)}),
     Case("wide", lambda d: {"x": d.normal(3, 5000)}),
+    Case("wider-than-a-tile", lambda d: {"x": d.normal(2, 16390), "mask": d.booleans(16390), "scale": 3.0}),
     Case("many-rows", lambda d: {"x": d.normal(3, 700, 48)}),
     Case("scale", lambda d: {"x": d.normal(7, 41), "scale": 0.125}),
     Case("negative-scale", lambda d: {"x": d.normal(7, 41), "scale": -3.0}),

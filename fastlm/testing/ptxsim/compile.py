@@ -25,8 +25,8 @@ _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
 _REDUX = re.compile(r"redux\.sync\.(?=(?:add|min|max)\.[su]|(?:and|or|xor)\.b)(\w+)\.([sub])32$")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?$")
-_NOTHING = ("wgmma.fence.sync.aligned", "createpolicy.fractional.L2::evict_first.b64",
-            "createpolicy.fractional.L2::evict_last.b64", "griddepcontrol.launch_dependents")  # fmt: skip
+_NOTHING = ("createpolicy.fractional.L2::evict_first.b64", "createpolicy.fractional.L2::evict_last.b64",
+            "griddepcontrol.launch_dependents")  # fmt: skip
 
 
 @dataclass
@@ -47,14 +47,13 @@ def compile_program(program: Program) -> Compiled:
         uses.update({r for i in block.instructions for r in _registers_of(i)})
     namespace = dict(vars(arithmetic))
     sites: list[Instruction] = []
-    accumulators = {
-        o.value
-        for block in program.blocks
-        for i in block.instructions
-        if i.opcode.startswith("wgmma.mma_async")
-        for o in i.operands[0].value
-    }
-    writers = [_Block(program, n, uses, namespace, sites, accumulators) for n in range(len(program.blocks))]
+    products = [
+        i for block in program.blocks for i in block.instructions if i.opcode.startswith("wgmma.mma_async")
+    ]
+    accumulators = {o.value for i in products for o in i.operands[0].value}
+    fragments = {o.value for i in products if i.operands[1].kind == "vector" for o in i.operands[1].value}
+    numbers = range(len(program.blocks))
+    writers = [_Block(program, n, uses, namespace, sites, accumulators, fragments) for n in numbers]
     source = "\n".join(w.source() for w in writers)
     exec(compile(source, f"<ptx {program.name}>", "exec"), namespace)
     functions = [namespace[f"block{n}"] for n in range(len(writers))]
@@ -92,11 +91,18 @@ class _Block:
     """Writes one basic block's function."""
 
     def __init__(
-        self, program: Program, number: int, uses: Counter, namespace: dict, sites: list, accumulators: set
+        self,
+        program: Program,
+        number: int,
+        uses: Counter,
+        namespace: dict,
+        sites: list,
+        accumulators: set,
+        fragments: set,
     ):
         self.program, self.number, self.uses = program, number, uses
         self.namespace, self.sites = namespace, sites
-        self.accumulators = accumulators
+        self.accumulators, self.fragments = accumulators, fragments
         self.lines: list[str] = []
         self.types: dict[str, str] = {}  # what each register's variable holds now
         self.written: set[str] = set()
@@ -176,6 +182,8 @@ class _Block:
             view = "" if t in ("p", kept) else f".view({kept.upper()})"
             expression, t = f"np.where({guard}, ({expression}){view}, {self._old(register)})", kept
         self.lines.append(f"{_variable(register)} = {expression}")
+        if register in self.accumulators | self.fragments and not self.accumulating:
+            self.lines.append(f"M.matrix.touched.add({register!r})")
         self.types[register] = t
         self.written.add(register)
 
@@ -357,6 +365,9 @@ class _Block:
             waits = i.operands and int(i.operands[0].value)
             self.lines.append(f"M.matrix.wait({waits})" if i.operands else "M.matrix.commit()")
             return True
+        if i.opcode == "wgmma.fence.sync.aligned":
+            self.lines.append("M.matrix.fence()")
+            return True
         if i.opcode.startswith("fence.proxy.async"):
             self.lines.append("M.fence_proxy()")
             return True
@@ -375,8 +386,10 @@ class _Block:
         else:
             arguments = self._wgmma(i.operands)
         self.lines.append(f"made = M.matrix.{method}({site}, {arguments}{given})")
+        self.accumulating = method == "wgmma"
         for n, operand in enumerate(_parts(i.operands[0])):
             self._write(operand, "u4", f"made[{n}]")
+        self.accumulating = False
         return True
 
     def _vector(self, operand: Operand, t: str = "u4") -> str:
@@ -384,7 +397,7 @@ class _Block:
 
     def _wgmma(self, operands: list[Operand]) -> str:
         d, a, b, scale, *rest = operands
-        names = [o.value for o in d.value]
+        names = [[o.value for o in d.value], [o.value for o in _parts(a) if a.kind == "vector"]]
         self.accumulating = True
         old, scale = self._vector(d), self._read(scale, "p")
         self.accumulating = False

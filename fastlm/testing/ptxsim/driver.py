@@ -188,12 +188,12 @@ def _driver(arch: int) -> Driver:
 
 
 @contextmanager
-def device(arch: str = "sm_80", profile=None) -> Iterator[None]:
+def device(arch: str = "sm_80", profile=None, rewrite=None) -> Iterator[None]:
     """Inside it, backend "triton" takes CPU tensors: its kernels' PTX is executed by the simulator.
 
     arch: "sm_80", "sm_90a", "sm_100a" or "sm_120". profile: a Profile that counts every access, or None.
-    Fresh tensors are filled with NaN (the largest number, if of integers): what a kernel forgets to write, or
-    reads too early, is seen.
+    rewrite: (kernel's name, PTX) -> the PTX to run instead, or None. Fresh tensors are filled with NaN (the
+    largest number, if of integers): what a kernel forgets to write, or reads too early, is seen.
     Raises: ValueError for another arch.
     """
     number = int("".join(c for c in arch if c.isdigit()) or 0)
@@ -201,11 +201,12 @@ def device(arch: str = "sm_80", profile=None) -> Iterator[None]:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise ValueError(f"ptxsim.device: arch must be one of {known}, got {arch!r}")
     with driven_by(_driver(number), _to_ptx), simulated(arch), _filled():
-        before, _simulate.profile = _simulate.profile, profile
+        before = _simulate.profile, _simulate.rewrite
+        _simulate.profile, _simulate.rewrite = profile, rewrite
         try:
             yield
         finally:
-            _simulate.profile = before
+            _simulate.profile, _simulate.rewrite = before
 
 
 @contextmanager

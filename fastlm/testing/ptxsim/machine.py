@@ -8,7 +8,7 @@ import numpy as np
 
 from .compile import Compiled
 from .matrix import Matrix
-from .memory import Allocations, Shared, aligned, raise_finding
+from .memory import Allocations, Shared, aligned, raise_finding, unordered
 
 _LANES = 1 << 14  # of one batch of blocks: 64 KB a register, so that the busy ones stay in the L2 cache
 _REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum,
@@ -260,6 +260,10 @@ class Machine:
         for part, at, offset in self._pieces(site, address, unit * count, which):
             view = self.memory.view(at, unit)
             found = view[(offset // unit)[:, None] + np.arange(count)]
+            if (writers := self.memory.writers(at, False)) is not None:
+                lanes, places = _picked(which, part), offset[:, None] + unit * np.arange(count)
+                wrong = unordered(writers[places], self._global_tags(lanes))
+                self._ordered(site, wrong, lanes, "reads")
             if part is None:
                 return found
             if values is None:
@@ -282,8 +286,24 @@ class Machine:
         for part, at, offset in self._pieces(site, address, unit * count, which):
             view, index = self.memory.view(at, unit), (offset // unit)[:, None] + np.arange(count)
             mine = data if part is None else data[part]
+            if (writers := self.memory.writers(at, True)) is not None:
+                lanes, places = _picked(which, part), offset[:, None] + unit * np.arange(count)
+                tags = self._global_tags(lanes)
+                wrong = unordered(writers[places], tags) & (view[index] != mine)
+                self._ordered(site, wrong, lanes, "writes something else over")
+                writers[places] = tags
             view[index] = mine
-            self._one_value(site, view[index], mine, which if part is None else part)
+            self._one_value(site, view[index], mine, _picked(which, part))
+
+    def _global_tags(self, lanes) -> np.ndarray:
+        tags = (self.first + 1 + self.block) << 40 | self.tags
+        return (tags if lanes is None else tags[lanes])[:, None]
+
+    def _ordered(self, site, wrong, lanes, does: str) -> None:
+        if wrong.any():
+            lane = np.flatnonzero(wrong.any(1))[0]
+            what = f"{does} global memory that another thread of this launch wrote, with nothing between"
+            self.fail("race", site, lane if lanes is None else lanes[lane], what)
 
     def _one_value(self, site, there, mine, which) -> None:
         """Threads that write to one place in one instruction must write one value."""
@@ -433,6 +453,12 @@ class Machine:
     def trap(self, site: int) -> None:
         """trap: an assertion of the kernel failed."""
         self.fail("launch", site, 0, "the kernel trapped")
+
+
+def _picked(which, part):
+    if part is None:
+        return which
+    return part if which is None else which[part]
 
 
 def launch(

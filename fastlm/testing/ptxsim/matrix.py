@@ -1,7 +1,8 @@
 """The matrix instructions of a running batch: between its registers, its shared memory and tensor_cores.py.
 
 wgmma runs when it is issued, and counts as running until a wait: until then its accumulators may not be
-touched, and the shared memory that it reads may not be written to.
+touched, and the shared memory that it reads may not be written to. Its registers need a wgmma.fence since
+their last use by another instruction, and there must be one before the first. Source: PTX ISA, wgmma.fence.
 """
 
 import re
@@ -43,6 +44,8 @@ class Matrix:
         self._machine = machine
         self.running: list[tuple] = []  # wgmma groups: (number of the group, registers, cells)
         self._groups = 0
+        self._fenced = False
+        self.touched: set[str] = set()  # wgmma's registers that other instructions used since the last fence
 
     def _registers(self, values) -> np.ndarray:
         filled = np.empty((len(values), self._machine.lanes.size), np.uint32)
@@ -83,13 +86,15 @@ class Matrix:
     def wgmma(self, site, a, b, d, scale_d, names, signs, transposed, n, k, total, kind) -> list[np.ndarray]:
         """wgmma.mma_async: a is four registers or a descriptor, b a descriptor.
 
-        names: the accumulators'. signs: of a and b, 1 or -1. transposed: whether a and b lie with their outer
-        dimension contiguous.
+        names: the accumulators', and those of a's registers. signs: of a and b, 1 or -1. transposed: whether
+        a and b lie with their outer dimension contiguous.
         """
         machine = self._machine
         machine.together(site)
         if machine.lanes.size % 128 or (machine.lanes[::128] % 128).any():
             machine.fail("divergence", site, 0, "warps of this warpgroup are elsewhere")
+        if not self._fenced or not self.touched.isdisjoint(names[0] + names[1]):
+            machine.fail("async", site, 0, "there is no wgmma.fence since another use of its registers")
         cells: list[np.ndarray] = []
         if len(a) == 4:
             words = self._registers(a).reshape(4, -1, 128)
@@ -101,7 +106,7 @@ class Matrix:
         old = self._registers(d).reshape(len(d), -1, 128)
         keep = machine.of_all(scale_d)[::128]
         new = tensor_cores.wgmma(left * signs[0], right * signs[1], old.view(numbers), keep)
-        self.running.append([None, names, cells])
+        self.running.append([None, names[0], cells])
         return list(np.ascontiguousarray(new).view(np.uint32).reshape(len(d), -1))
 
     def _operand(self, site, descriptor, rows, k, kind, transposed, cells) -> np.ndarray:
@@ -131,7 +136,13 @@ class Matrix:
             for touched in cells:
                 self._machine.shared.released(touched)
 
+    def fence(self) -> None:
+        """wgmma.fence."""
+        self._fenced = True
+        self.touched.clear()
+
     def settled(self, site, register) -> None:
-        """Refuses an accumulator that a wgmma is still writing."""
+        """Refuses an accumulator that a wgmma is still writing, and notes that it is read."""
+        self.touched.add(register)
         if any(register in names for _, names, _ in self.running):
             self._machine.fail("async", site, 0, f"{register} is still written by a wgmma")

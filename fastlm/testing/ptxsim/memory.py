@@ -17,6 +17,8 @@ _EPOCH, _WARP_EPOCH = 24, 16  # a tag: epoch << 24 | warp's epoch << 16 | many f
 _THREAD, _SAME_WARP, _MANY = 0x7FF, 1 << 11, 1 << 12  # _MANY: readers of several warps
 _IN_FLIGHT = 1 << 60
 _NEVER = -1
+_BLOCK = 40  # a tag of global memory: block + 1 << 40 | tag
+_ACCOUNTED = 1 << 24  # bytes of an allocation whose writers are known
 
 
 class Allocations:
@@ -26,6 +28,7 @@ class Allocations:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._bytes: list[np.ndarray] = []
+        self._writers: dict[int, np.ndarray] = {}
         self.names: list[str] = []
 
     def add(self, name: str, start: int, data: np.ndarray) -> None:
@@ -53,6 +56,15 @@ class Allocations:
         for at in np.unique(found):
             which = np.flatnonzero(found == at)
             yield which, int(at), address[which] - self._starts[at]
+
+    def writers(self, at: int, make: bool) -> np.ndarray | None:
+        """Who wrote each byte of an allocation in this launch: (block + 1) << 40 | tag, 0 where nobody did.
+
+        make: where nobody has written to it yet, too. None where it is too large to keep account of.
+        """
+        if make and at not in self._writers and self._bytes[at].size <= _ACCOUNTED:
+            self._writers[at] = np.zeros(self._bytes[at].size, np.int64)
+        return self._writers.get(at)
 
     def view(self, at: int, unit: int) -> np.ndarray:
         """An allocation as numbers of `unit` bytes, as many as there are whole."""
@@ -156,6 +168,13 @@ def _conflicts(before: np.ndarray, tags: np.ndarray) -> np.ndarray | None:
     ordered = one_warp & ((before ^ tags) >> _WARP_EPOCH & 0xFF != 0)  # a barrier of the warp lies between
     wrong = same & other & ~ordered
     return np.flatnonzero(wrong.any(1)) if wrong.any() else None
+
+
+def unordered(before: np.ndarray, tags: np.ndarray) -> np.ndarray:
+    """Where nothing orders two accesses of global memory: other blocks, or warps with no barrier."""
+    other = (before ^ tags) >> _BLOCK != 0
+    same_epoch = (before ^ tags) >> _EPOCH == 0
+    return (before != 0) & (other | same_epoch & ((before ^ tags) & _THREAD >= 32))
 
 
 def aligned(address: np.ndarray, size: int) -> np.ndarray | None:

@@ -1,0 +1,218 @@
+"""Tries every change of an op's kernels on its cases, and notes which case catches it first."""
+
+import hashlib
+import linecache
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import triton
+
+from . import ptx, source
+from .points import Invalid, Launch, Point, points_of
+from .state import State
+
+KINDS = ("ptx", "source")
+CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
+
+
+class Job:
+    """One op on one architecture.
+
+    again: survivors of an earlier run are tried again. every: each case in every dtype. apart: variants of a
+    kernel are changed each by itself where their statements differ.
+    """
+
+    def __init__(self, op: str, arch: str, state: State, say: Callable[[str], None], **flags: bool):
+        self.op, self.arch, self.state, self.say = op, arch, state, say
+        self.again, self.every, self.apart = (flags.get(n, False) for n in ("again", "every", "apart"))
+        self.points: list[Point] = []
+        self._catchers: list[Point] = []  # the last one first
+
+    def prepare(self, cases: list[str] | None = None) -> None:
+        """Runs every case, or these, on the kernels as they are."""
+        for point in points_of(self.op, self.arch, self.every, cases):
+            try:
+                wrong = point.baseline()
+            except Invalid as error:
+                wrong = str(error)
+            if wrong is None:
+                self.points.append(point)
+            else:
+                self.say(f"{self.op} {self.arch} {point.name} is left out: {wrong}")
+
+    def run(self, kind: str) -> None:
+        """All mutants of one kind."""
+        with tempfile.TemporaryDirectory(prefix="fastlm-mutants-") as folder:
+            before, triton.knobs.cache.dir = triton.knobs.cache.dir, folder
+            try:
+                keys = self._ptx() if kind == "ptx" else self._source()
+            finally:
+                triton.knobs.cache.dir = before
+                self.state.write()
+        self.state.keep_only(self.op, self.arch, kind, keys)
+
+    # PTX
+
+    def _ptx(self) -> set[str]:
+        return {key for group in groups_of(self.points, self.apart) for key in self._group(group)}
+
+    def _group(self, group: "Group") -> set[str]:
+        keys = set()
+        for at, site in group.sites.items():
+            scope = [p for p in group.points if any(at in group.own(launch) for launch in p.launches)]
+            for change in ptx.changes(site):
+                key = _digest(self.op, self.arch, group.kernel, *sorted(group.variants), at, change.what)
+                facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
+                facts |= {"where": site.source, "line": group.line(site.source)}
+                keys.add(key)
+                if not self._known(key, facts, scope):
+                    self._try(key, facts, scope, lambda p, a=at, c=change: p.wrong(group.rewrite(a, c)))
+        return keys
+
+    # Source
+
+    def launched(self) -> set[str]:
+        """Names of the kernels that the cases launch."""
+        return {launch.kernel for p in self.points for launch in p.launches}
+
+    def _source(self) -> set[str]:
+        keys, points = set(), self.points
+        kernels = self.launched()
+        launched = [f for f in source.functions() if f.__name__ in kernels]
+        called = {id(f): f for k in launched for f in source.called_by(k)}
+        code = _digest(*sorted(f.src for f in called.values()))
+        for function in called.values():
+            callers = {k.__name__ for k in launched if any(f is function for f in source.called_by(k))}
+            scope = [p for p in points if any(launch.kernel in callers for launch in p.launches)]
+            for change in source.changes(function):
+                key = _digest(self.op, self.arch, code, function.__name__, change.text)
+                name = Path(function.file_name).name
+                facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
+                facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
+                keys.add(key)
+                if not self._known(key, facts, scope):
+                    with source.replaced(function, change.text):
+                        self._try(key, facts, scope, _Changed().wrong)
+        return keys
+
+    def _known(self, key: str, facts: dict, scope: list[Point]) -> bool:
+        known = self.state.records.get(key)
+        if known is None:
+            return False
+        open_ = known["verdict"] in (SURVIVED, SAME)
+        if open_ and (known["points"] != _names(scope) or self.again):
+            return False
+        self.state.add(key, known | facts)
+        return True
+
+    def _try(self, key: str, facts: dict, scope: list[Point], wrong: Callable[[Point], str | None]) -> None:
+        start = time.perf_counter()
+        verdict, how = self._verdict(scope, wrong)
+        record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how}
+        record |= {"points": _names(scope), "seconds": round(time.perf_counter() - start, 2)}
+        self.state.add(key, record)
+        told = f"{self.op} {self.arch} {facts['kernel']} {facts['where']}: {facts['what']}: {verdict}"
+        self.say(f"{told} {how[:100]}")
+
+    def _verdict(self, scope: list[Point], wrong) -> tuple[str, str]:
+        verdict = SAME
+        for point in self._in_order(scope):
+            try:
+                found = wrong(point)
+            except Invalid as error:
+                return INVALID, str(error)[-200:]
+            if found is not None and found != SAME:
+                self._catchers = [point, *(p for p in self._catchers if p is not point)]
+                return CAUGHT, f"{point.name}: {found[:200]}"
+            if found is None:
+                verdict = SURVIVED
+        return verdict, ""
+
+    def _in_order(self, scope: list[Point]) -> list[Point]:
+        """What caught a change lately comes first, then what is short."""
+        lately = [p for p in self._catchers[:3] if any(p is q for q in scope)]
+        rest = [p for p in scope if not any(p is q for q in lately)]
+        return lately + sorted(rest, key=lambda p: p.seconds)
+
+
+class Group:
+    """Variants of one kernel (dtypes, flags, sizes): a statement that they share is changed in all.
+
+    variants: the sites of each, by its code's digest. sites: all that there are. points: what launches them.
+    """
+
+    def __init__(self, kernel: str, paths: dict[str, str]):
+        self.kernel, self._paths = kernel, paths
+        self.variants: dict[str, dict[tuple, ptx.Site]] = {}
+        self.sites: dict[tuple, ptx.Site] = {}
+        self.points: list[Point] = []
+
+    def add(self, point: Point, code: str, sites: list[ptx.Site]) -> None:
+        """A launch."""
+        self.variants[code] = ptx.keyed(sites)
+        self.sites = self.variants[code] | self.sites
+        if not any(p is point for p in self.points):
+            self.points.append(point)
+
+    def own(self, launch: Launch) -> dict[tuple, ptx.Site]:
+        """The sites of what was launched, if it is one of these variants."""
+        return self.variants.get(launch.code, {}) if launch.kernel == self.kernel else {}
+
+    def line(self, where: str) -> str:
+        """The text of a line of source."""
+        name, _, number = where.partition(":")
+        return _line(self._paths.get(name, ""), int(number or 0))
+
+    def rewrite(self, at: tuple, change: ptx.Change):
+        """What the simulator calls: changes these variants at one site, and leaves all others alone."""
+
+        def rewritten(kernel: str, binary: bytes) -> bytes:
+            site = self.own(Launch(kernel, ptx.digest(binary), binary)).get(at)
+            return binary if site is None else ptx.changed(binary.decode(), site, change).encode()
+
+        return rewritten
+
+
+def groups_of(points: Iterable[Point], apart: bool = False) -> list[Group]:
+    """Every kernel that was launched, with its variants; apart: those together that have the same sites."""
+    paths = {Path(f.file_name).name: f.file_name for f in source.functions()}
+    ours, groups = frozenset(paths), {}
+    for point in points:
+        for launch in point.launches:
+            sites = ptx.sites(launch.binary.decode(), ours)
+            key = (launch.kernel, *(ptx.signature(sites) if apart else ()))
+            groups.setdefault(key, Group(launch.kernel, paths)).add(point, launch.code, sites)
+    return list(groups.values())
+
+
+class _Changed:
+    """One change of the source, which has been made, tried on one point after another."""
+
+    def __init__(self):
+        self._same: set[str] = set()  # codes that the change leaves as they are
+
+    def wrong(self, point: Point) -> str | None:
+        """What is wrong, None if nothing, SAME if the change makes no difference to this point's code."""
+        codes = [launch.code for launch in point.launches]
+        if all(code in self._same for code in codes):
+            return SAME
+        launches, found = point.ran()
+        if found is not None:
+            return found
+        changed = [launch.code for launch in launches]
+        self._same |= {a for a, b in zip(codes, changed, strict=False) if a == b}
+        return SAME if changed == codes else None
+
+
+def _names(points: list[Point]) -> str:
+    return _digest(*sorted(p.name for p in points))
+
+
+def _line(file: str, number: int) -> str:
+    return linecache.getline(file, number).strip() if file else ""
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]

@@ -1,0 +1,120 @@
+"""An op's cases as mutants meet them: run by the simulator, judged as tests/test_ops.py judges."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+
+import fastlm
+
+from ... import ops
+from .. import ptxsim
+from ..cases import SEEDS, Case, Draw, cases_of
+from ..compare import verdicts
+from . import ptx
+
+
+class Launch(NamedTuple):
+    """kernel: its name. code: digest of its PTX. binary: the PTX."""
+
+    kernel: str
+    code: str
+    binary: bytes
+
+
+class Invalid(Exception):
+    """The change gives no kernel that can be run: it is no mutant."""
+
+
+class Point:
+    """One case of an op in one dtype.
+
+    launches: what it launched unchanged. seconds: what it then took. draws: of the case's inputs.
+    """
+
+    def __init__(self, op: str, case: Case, dtype: torch.dtype, arch: str):
+        self.op, self.arch, self.dtype = op, arch, dtype
+        self.name = f"{case.name}-{str(dtype).removeprefix('torch.')}"
+        self.case, self.draws = case, [case.inputs(Draw(SEEDS[0], dtype))]
+        self.launches: list[Launch] = []
+        self.seconds = 0.0
+
+    def refused(self) -> bool:
+        """Whether the op refuses it: then the test asserts only that it does."""
+        with ptxsim.device(self.arch):
+            return fastlm.explain(self.op, **self.draws[0]).reasons["triton"] is not None
+
+    def baseline(self) -> str | None:
+        """Notes what the unchanged kernels do; returns what is wrong with them, or None."""
+        wrong = self.wrong()
+        if wrong is not None and len(self.draws) == 1:  # one draw alone may be unlucky
+            self.draws = [self.case.inputs(Draw(seed, self.dtype)) for seed in SEEDS]
+            wrong = self.wrong()
+        if wrong is None:
+            start = time.perf_counter()
+            self.launches, _ = self._run(None)
+            self.seconds = time.perf_counter() - start
+        return wrong
+
+    def wrong(self, rewrite=None) -> str | None:
+        """None if the tests' judgement is that all is right, else what is wrong. Raises: Invalid."""
+        return self._run(rewrite)[1]
+
+    def ran(self) -> tuple[list[Launch], str | None]:
+        """(launches, what is wrong)."""
+        return self._run(None)
+
+    def _run(self, rewrite) -> tuple[list[Launch], str | None]:
+        launches: list[Launch] = []
+
+        def seen(kernel: str, binary: bytes) -> bytes:
+            launches.append(Launch(kernel, ptx.digest(binary), binary))
+            return binary if rewrite is None else rewrite(kernel, binary)
+
+        try:
+            with ptxsim.device(self.arch, rewrite=seen), _at_most(120 + 20 * self.seconds):
+                found = verdicts(getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton")
+        except ptxsim.UnknownInstruction as error:
+            raise Invalid(str(error)) from error
+        except Exception as error:
+            if isinstance(error, triton.CompilationError) or "PassManager" in str(error):
+                raise Invalid(str(error)) from error
+            return launches, f"{type(error).__name__} {error}"
+        wrong = [v for v in found if not v.ratio <= 1]
+        return launches, str(wrong[0]) if wrong else None
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError where what runs inside takes longer (of the processor), in a main thread."""
+
+    def stop(*_):
+        raise TimeoutError(f"does not end in {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def points_of(op: str, arch: str, every: bool = False, cases: list[str] | None = None) -> Iterator[Point]:
+    """Those that are not refused: on sm_80 each case in one dtype, in turn; on the others in bfloat16.
+
+    every: in every dtype. cases: names of the only ones wanted.
+    """
+    for n, case in enumerate(cases_of(op)[0]):
+        if cases and case.name not in cases:
+            continue
+        dtypes = case.dtypes if every else case.dtypes[n % len(case.dtypes) :][:1]
+        for dtype in dtypes if arch == "sm_80" else case.dtypes:
+            if arch == "sm_80" or dtype == torch.bfloat16:
+                point = Point(op, case, dtype, arch)
+                if not point.refused():
+                    yield point

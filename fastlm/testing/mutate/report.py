@@ -1,0 +1,82 @@
+"""What mutation found, as rows of a table by op and kernel, and each survivor with its reason."""
+
+from collections import defaultdict
+
+import torch
+import triton
+
+from .explained import reason_for
+from .job import CAUGHT, SURVIVED
+
+BEGIN, END = "<!-- mutate:start -->", "<!-- mutate:end -->"
+_NAMES = ("op", "arch", "kind", "kernel")
+COLUMNS = ("op", "kernel", "arch", "changes of", "mutants", "caught", "share", "survivors", "unexplained")
+
+
+def report(records: list[dict]) -> dict:
+    """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
+    rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "seconds": 0.0})
+    survivors = []
+    for record in records:
+        row = rows[tuple(record[n] for n in _NAMES)]
+        row["seconds"] += record["seconds"]
+        if record["verdict"] not in (CAUGHT, SURVIVED):
+            continue
+        row["mutants"] += 1
+        row["caught"] += record["verdict"] == CAUGHT
+        if record["verdict"] == SURVIVED:
+            reason = reason_for(record)
+            row["unexplained"] += reason is None
+            told = {k: record[k] for k in (*_NAMES, "where", "line", "what")}
+            survivors.append(told | {"reason": reason})
+    named = [dict(zip(_NAMES, key, strict=True)) | row for key, row in sorted(rows.items())]
+    for row in named:
+        row["seconds"] = round(row["seconds"])
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
+
+
+def totals(found: dict) -> tuple[int, int, int]:
+    """(mutants, caught, survivors without a reason)."""
+    return tuple(sum(row[k] for row in found["rows"]) for k in ("mutants", "caught", "unexplained"))
+
+
+def shares(found: dict) -> list[list[str]]:
+    """Cells of the table: one line per kernel and kind of change, and the sum."""
+    lines = []
+    for row in found["rows"]:
+        if row["mutants"]:
+            names = [row[k] for k in ("op", "kernel", "arch", "kind")]
+            lines.append(names + _counts(row["mutants"], row["caught"], row["unexplained"]))
+    return [*lines, ["all", "", "", "", *_counts(*totals(found))]]
+
+
+def _counts(mutants: int, caught: int, unexplained: int) -> list[str]:
+    share = f"{100 * caught / mutants:.1f}%" if mutants else ""
+    return [str(mutants), str(caught), share, str(mutants - caught or ""), str(unexplained or "")]
+
+
+def in_page(page: str, text: str) -> str:
+    """The page with `text` between its markers. Raises: ValueError where it has none."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must hold {BEGIN} and, after it, {END}, once each")
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def markdown(found: dict) -> str:
+    """The section of docs/evidence.md."""
+    lines = [
+        f"Triton {found['versions']['triton']}, torch {found['versions']['torch']}; made by `make mutate`.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- | --- |" + " --: |" * (len(COLUMNS) - 4),
+        *(f"| {' | '.join(cells)} |" for cells in shares(found)),
+    ]
+    grouped = defaultdict(list)
+    for s in found["survivors"]:
+        told = f"{s['kernel']} {s['where']}: `{s['what']}` ({s['op']}, {s['arch']})"
+        grouped[s["reason"] or "NOT EXPLAINED"].append(told)
+    for reason, told in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        lines += ["", f"{reason} ({len(told)}):", "", *(f"- {line}" for line in sorted(set(told)))]
+    return "\n".join(lines)
