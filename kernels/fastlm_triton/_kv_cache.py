@@ -8,19 +8,19 @@ def readable_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
-def unit_of(x: torch.Tensor, *others: torch.Tensor) -> int:
-    """What divides all strides and widths: the elements of 16 bytes of the narrowest, or 1."""
-    unit = 16 // min(t.element_size() for t in (x, *others))
-    for t in (x, *others):
-        first, second, third, _ = t.stride()
-        if (first | second | third | t.shape[3]) % unit:
-            return 1
-    return unit
+def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """(unit, the first three strides of each in units of it).
 
-
-def strides_in(unit: int, *tensors: torch.Tensor | None) -> list[int]:
-    """The first three strides of each, in units; 0 of None."""
-    found: list[int] = []
+    unit: what divides all strides and widths, the elements of 16 bytes of the narrowest; or 1.
+    """
+    unit, found, all_bits = 16 // min(t.element_size() for t in tensors), [], 0
     for t in tensors:
-        found += (0, 0, 0) if t is None else [s // unit for s in t.stride()[:3]]
-    return found
+        first, second, third, _ = t.stride()
+        found += (first, second, third)
+        all_bits |= first | second | third | t.shape[3]
+    return (1, found) if all_bits % unit else (unit, [n // unit for n in found])
+
+
+def scale_strides(scale: torch.Tensor | None) -> tuple[int, ...]:
+    """Those of an int8 cache's scales; 0 where there are none."""
+    return (0, 0, 0) if scale is None else scale.stride()

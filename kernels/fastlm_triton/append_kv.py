@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import Config, config_for
-from ._kv_cache import readable_rows, strides_in, unit_of
+from ._config import Config, cdiv, config_for, next_power_of_2
+from ._kv_cache import readable_rows, scale_strides, strides_in_units
+from ._launch import launch
 
 _SCALARS = (  # arguments whose values say nothing about how to compile
     *("k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "kc_b", "kc_h", "kc_s", "vc_b", "vc_h", "vc_s"),
@@ -88,12 +89,14 @@ def forward(k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale):
     rows = batch * kv_heads * tokens
     if rows == 0:
         return
-    per_sequence, unit = 1 if table is None else table.shape[1], unit_of(k, v, k_cache, v_cache)
-    block_d, block_v = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    per_sequence = 1 if table is None else table.shape[1]
+    unit, strides = strides_in_units(k, v, k_cache, v_cache)
+    block_d, block_v = next_power_of_2(dim), next_power_of_2(value_dim)
     (block_r,), warps, _ = config_for(append_config, k.device, max(block_d, block_v))
-    append_kernel[(triton.cdiv(rows, block_r),)](
+    launch(
+        append_kernel, (cdiv(rows, block_r),),
         k, v, k_cache, v_cache, k_scale, v_scale, lengths, table,
-        *strides_in(unit, k, v, k_cache, v_cache), *strides_in(1, k_scale, v_scale), per_sequence,
+        *strides, *scale_strides(k_scale), *scale_strides(v_scale), per_sequence,
         rows, kv_heads, tokens, dim // unit, value_dim // unit, pages, page, page * per_sequence,
         unit, block_r, block_d, block_v, num_warps=warps,
     )  # fmt: skip

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from ._attention import LOG2E, _tanh
-from ._config import Config, arch_of, config_for
-from ._kv_cache import readable_rows, strides_in, unit_of
+from ._config import Config, arch_of, cdiv, config_for, next_power_of_2
+from ._kv_cache import readable_rows, scale_strides, strides_in_units
+from ._launch import launch
 from ._matmul import dot_kind
 
 _FAR = 1 << 30  # keys before a query: farther than any cache is long
@@ -45,7 +46,7 @@ def splits_of(arch: int, programs: int, keys: int) -> int:
     """How many splits of the keys. programs: without splits. keys: at most in reach of a sequence."""
     sms = 108 if arch < 90 else 132 if arch < 100 else 148  # A100, H100, B200
     wave = 2 * sms // max(1, programs)  # two blocks an SM keep enough bytes in flight, and none waits
-    return max(1, min(wave, 128, triton.cdiv(keys, 128)))  # less than 128 keys do not fill the pipeline
+    return max(1, min(wave, 128, cdiv(keys, 128)))  # less than 128 keys do not fill the pipeline
 
 
 def merge_config(arch: int, value_dim: int) -> Config:
@@ -227,26 +228,29 @@ def forward(
     table = None if block_table is None else block_table.contiguous()
     batch, heads, queries, dim = q.shape
     pages, kv_heads, page, value_dim = v.shape
-    out = torch.empty((batch, queries, heads, value_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out.transpose(1, 2), lse
+    token, device, rows = heads * value_dim, q.device, batch * heads * queries
+    strides = (queries * token, value_dim, token, 1)
+    out = torch.empty_strided((batch, heads, queries, value_dim), strides, dtype=q.dtype, device=device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    if rows * value_dim == 0:
+        return out, lse
 
-    group, rows = heads // kv_heads, batch * heads * queries
+    group = heads // kv_heads
     per_sequence = 1 if table is None else table.shape[1]
     capacity, left = min(page * per_sequence, _FAR), _FAR if left < 0 else min(left, _FAR)
-    block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
+    block_d, block_v = max(16, next_power_of_2(dim)), max(16, next_power_of_2(value_dim))
     sizes = (q.element_size(), k.element_size(), table is not None, group * queries, max(block_d, block_v))
-    (block_m, block_n), warps, stages = config_for(split_config, q.device, *sizes)
-    tiles = triton.cdiv(group * queries, block_m)
-    splits = splits_of(arch_of(q.device), batch * kv_heads * tiles, min(capacity, left + queries))
+    (block_m, block_n), warps, stages = config_for(split_config, device, *sizes)
+    tiles = cdiv(group * queries, block_m)
+    splits = splits_of(arch_of(device), batch * kv_heads * tiles, min(capacity, left + queries))
     parts = None
     if splits > 1:
-        parts = torch.empty((rows * splits * (value_dim + 1),), dtype=torch.float32, device=q.device)
-    unit = unit_of(q, k, v)
-    split_kernel[(batch * kv_heads, splits, tiles)](
+        parts = torch.empty((rows * splits * (value_dim + 1),), dtype=torch.float32, device=device)
+    unit, strides = strides_in_units(q, k, v)
+    launch(
+        split_kernel, (batch * kv_heads, splits, tiles),
         q, k, v, lengths, table, k_scale, v_scale, alibi_slopes, out, lse, parts,
-        *strides_in(unit, q, k, v), *strides_in(1, k_scale, v_scale),
+        *strides, *scale_strides(k_scale), *scale_strides(v_scale),
         *((0, 0) if alibi_slopes is None else alibi_slopes.stride()), per_sequence,
         rows, kv_heads, group, queries, dim // unit, value_dim // unit, pages, page, capacity, splits,
         scale, left, softcap if softcap > 0 else None,
@@ -254,9 +258,10 @@ def forward(
         maxnreg=255,  # or ptxas spills to fit more than the two blocks an SM that splits_of counts on
     )  # fmt: skip
     if parts is not None:
-        (block_s,), warps, _ = config_for(merge_config, q.device, block_v)
-        merge_kernel[(rows,)](
+        (block_s,), warps, _ = config_for(merge_config, device, block_v)
+        launch(
+            merge_kernel, (rows,),
             parts, lengths, out, lse, rows, heads, queries, value_dim // unit, capacity, splits, left,
             unit, block_n, block_s, block_v, num_warps=warps,
         )  # fmt: skip
-    return out.transpose(1, 2), lse
+    return out, lse
