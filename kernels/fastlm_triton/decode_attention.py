@@ -18,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LOG2E, _tanh
+from ._attention import _tanh
 from ._config import Config, arch_of, cdiv, config_for, next_power_of_2
 from ._kv_cache import readable_rows, scale_strides, strides_in_units
 from ._launch import launch
 from ._matmul import dot_kind
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 _FAR = 1 << 30  # keys before a query: farther than any cache is long
 _SCALARS = (  # arguments whose values say nothing about how to compile
     *("q_b", "q_h", "q_s", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "ks_b", "ks_h", "ks_s", "vs_b", "vs_h"),
@@ -56,7 +57,7 @@ def merge_config(arch: int, value_dim: int) -> Config:
 
 @triton.jit
 def _exp(x):
-    return tl.exp2(x * LOG2E)  # of a difference: exact for keys whose scores are near the largest
+    return tl.exp2(x * _LOG2E)  # of a difference: exact for keys whose scores are near the largest
 
 
 @triton.jit

@@ -1,0 +1,132 @@
+"""What decoding's Triton kernels keep: no allocations, launches for a CUDA graph, nothing outside a cache."""
+
+import pytest
+import torch
+from fastlm_triton import decode_attention as kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlm
+from fastlm import ops
+from fastlm.testing import ptxsim
+from fastlm.testing.cases import Draw, cases_of
+
+NAN = float("nan")
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the tensors that are made inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten":
+            self.made.append(func)
+        return result
+
+
+def _arguments(name, dtype=torch.float32):
+    """The raw op's arguments of a case."""
+    case = next(c for c in cases_of("decode_attention")[0] if c.name == name)
+    inputs = case.inputs(Draw(0, dtype))
+    names = ("block_table", "k_scale", "v_scale", "scale", "window", "softcap", "alibi_slopes", "return_lse")
+    defaults = {"softcap": 0.0, "return_lse": False}
+    options = [inputs.get(n, defaults.get(n)) for n in names]
+    tensors = [inputs[n] for n in ("q", "k_cache", "v_cache", "kv_lengths")]
+    return fastlm._op.OPS["decode_attention"].check(*tensors, *options)
+
+
+@pytest.mark.parametrize(
+    ("case", "made"), [("plain", 2), ("pieces", 3), ("int8-paged", 2), ("everything", 3)]
+)
+def test_decoding_makes_its_outputs_and_one_workspace(case, made):
+    arguments = _arguments(case)
+    with ptxsim.device("sm_80"):
+        kernels.forward(*arguments)
+        with Allocations() as allocations:
+            kernels.forward(*arguments)
+    assert len(allocations.made) == made, allocations.made
+
+
+def test_a_launch_does_not_depend_on_what_the_lengths_are(monkeypatch):
+    launches = []
+    monkeypatch.setattr(kernels, "launch", lambda *args, **options: launches.append((args, options)))
+    arguments = list(_arguments("pieces"))
+    for lengths in (1100, 513), (0, 1):
+        arguments[3] = torch.tensor(lengths, dtype=torch.int32)
+        with ptxsim.device("sm_80"):
+            kernels.forward(*arguments)
+    numbers = [([a for a in args if not isinstance(a, torch.Tensor)], o) for args, o in launches]
+    assert len(launches) == 4 and numbers[:2] == numbers[2:]
+
+
+@pytest.mark.parametrize("lengths", [(1101, -3), (1 << 30, -(1 << 31))])
+def test_lengths_outside_the_cache_are_those_of_its_ends(lengths):
+    arguments = list(_arguments("pieces"))
+    with ptxsim.device("sm_80"):
+        arguments[3] = torch.tensor((1100, 0), dtype=torch.int32)
+        wanted = kernels.forward(*arguments)
+        arguments[3] = torch.tensor(lengths, dtype=torch.int32)
+        got = kernels.forward(*arguments)
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_page_numbers_outside_the_cache_are_not_followed():
+    arguments = list(_arguments("paged-shared"))
+    table = arguments[4] = torch.tensor([[3, 5, 1 << 30], [-1, 4, 0]], dtype=torch.int32)
+    with ptxsim.device("sm_80"):
+        got = kernels.forward(*arguments)
+        arguments[4] = torch.where((table >= 0) & (table < 5), table, 0)
+        wanted = kernels.forward(*arguments)
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_the_same_bits_however_far_the_cache_could_reach():
+    """Capacity sets the number of splits; where it is the same, slots that nobody fills change nothing."""
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
+    lengths = torch.tensor([650], dtype=torch.int32)
+    longer = [torch.cat([t, t.new_full((1, 2, 60, 16), NAN)], 2) for t in (k, v)]
+    with ptxsim.device("sm_80"):
+        first = ops.decode_attention(q, k, v, lengths, backend="triton")
+        second = ops.decode_attention(q, *longer, lengths, backend="triton")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_tokens_without_a_slot_are_dropped(paged, quantised):
+    k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4, 8)
+    dtype = torch.int8 if quantised else torch.float32
+    caches = [torch.full((3, 2, 6, 8), 7, dtype=dtype) for _ in range(2)]
+    scales = [torch.full((3, 2, 6), 7.0) for _ in range(2)] if quantised else [None, None]
+    table = torch.tensor([[1], [5], [-1]], dtype=torch.int32) if paged else None
+    lengths = torch.tensor([4, -2, 1 << 30], dtype=torch.int32)
+    written = {0: (1 if paged else 0, slice(4, 6), slice(0, 2))}  # sequence -> page, slots, tokens
+    if not paged:
+        written[1] = (1, slice(0, 2), slice(2, 4))
+    with ptxsim.device("sm_80"):
+        torch.ops.fastlm.append_kv.triton(k, v, *caches, lengths, table, *scales)
+    wanted = torch.full((3, 2, 6, 8), 7.0)
+    for sequence, (page, slots, tokens) in written.items():
+        wanted[page, :, slots] = k[sequence, :, tokens]
+    got = caches[0].float() * scales[0][..., None] if quantised else caches[0]
+    left_alone = wanted == 7
+    assert torch.equal(caches[0][left_alone], torch.full_like(caches[0][left_alone], 7))
+    assert torch.allclose(got[~left_alone], wanted[~left_alone], atol=0.02 if quantised else 0)
+
+
+def test_what_is_refused_is_refused_in_one_sentence():
+    lengths = torch.ones(1, dtype=torch.int32)
+    wide, cache = torch.zeros(1, 1, 1, 257), torch.zeros(1, 1, 4, 257)
+    scattered = torch.zeros(1, 1, 8, 4).transpose(2, 3)
+    new = torch.zeros(1, 1, 1, 8)
+    with ptxsim.device("sm_80"):
+        with pytest.raises(NotImplementedError) as error:
+            ops.decode_attention(wide, cache, cache, lengths, backend="triton")
+        assert str(error.value) == "decode_attention.triton takes head dims up to 256, got 257"
+        with pytest.raises(NotImplementedError) as error:
+            ops.append_kv(new, new, scattered, scattered, lengths, backend="triton")
+        sentence = "append_kv.triton takes caches whose last dimension is contiguous, k_cache has stride 4"
+        assert str(error.value) == sentence
