@@ -294,3 +294,17 @@ def test_wgmma_needs_a_fence_after_other_uses_of_its_registers():
         assert found(head + PRODUCT.replace("// between", use), **options).kind == "async"
     execute(head + PRODUCT.replace("// between", "mov.u32 %r6, %a1;"), **options)
     assert found(head + PRODUCT.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"), **options)
+
+
+def test_ldmatrix_reads_for_other_lanes_of_the_warp():
+    body = """
+    and.b32 %r5, %r1, 31; shl.b32 %r5, %r5, 4; add.s32 %r5, %r2, %r5;
+    setp.lt.u32 %p1, %r1, 32;
+    @!%p1 bra DONE;
+    st.shared.v4.b32 [%r5], {%r1, %r1, %r1, %r1};
+    bar.warp.sync -1;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r6, %r7, %r10, %r11}, [%r5];
+    DONE: mov.u32 %r12, 0;
+    """
+    execute(body, shared=512)
+    assert found(body.replace("bar.warp.sync -1;", ""), shared=512).kind == "race"

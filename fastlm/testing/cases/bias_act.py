@@ -32,7 +32,7 @@ CASES = [
     Case("float32-bias", lambda d: {"x": d.normal(6, 48), "bias": d.normal(48, dtype=torch.float32)}),
     Case("packed-slice", lambda d: {"x": d.slice_of((4, 5, 120), 40, 40), "bias": d.normal(40)}),
     Case("transposed", lambda d: {"x": d.normal(5, 4, 40).transpose(0, 1), "bias": d.normal(40)}),
-    Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40), "bias": d.normal(1).expand(40)}),
+    Case("expanded", lambda d: {"x": d.normal(1, 136).expand(20, 136), "bias": d.normal(1).expand(136)}),
     Case("empty", lambda d: biased(d, 0, 16)),
     Case("no-columns", lambda d: biased(d, 3, 0)),
     *_each("extreme", lambda d: {"x": d.normal(4, 40, scale=100.0)}),

@@ -23,6 +23,7 @@ _BAD_TARGET = (
 REASONS: list[Reason] = [
     Reason("add_partials", r"total = tl\.sum", _TO_WARP, _ONE_WARP),
     Reason("norm_backward", r"tl\.store\(sums .*tl\.sum\(d(weight|bias), 0\)", _TO_WARP, _ONE_WARP),
+    Reason("bias_act_backward", r"tl\.store\(partials .*tl\.sum", _TO_WARP, _ONE_WARP),
     Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
         "norm_backward",
@@ -34,7 +35,7 @@ REASONS: list[Reason] = [
         "add_partials",
         r"tl\.store\(second_out",
         "(which == 1|col < cols)",
-        "rms_norm has one sum: both stores are of the same values to the same place.",
+        "Where there is one sum (rms_norm, bias_act) both stores are of the same values to the same place.",
     ),
     Reason("row_(losses|gradients)", "used = ", "which < cols", _BAD_TARGET),
     Reason(

@@ -189,6 +189,11 @@ class Machine:
         self._check(site, self.shared.read(self.shared.cells(flat, unit * count), tags), which)
         return self.shared.view(unit)[(flat // unit)[:, None] + np.arange(count)]
 
+    def hand_on(self, site, address, size, which) -> None:
+        """What lies at these addresses, just read by others, is for the threads `which`: they read it too."""
+        cells = self.shared.cells(self.block[which] * self.shared.pitch + address, size)
+        self._check(site, self.shared.read(cells, self.tags[which]), which)
+
     def write_shared(self, site, address, unit, data, which) -> None:
         """data [threads, count], numbers of `unit` bytes."""
         size = unit * data.shape[1]

@@ -62,13 +62,16 @@ class Matrix:
         return list(np.ascontiguousarray(d).view(np.uint32).reshape(d.shape[0], -1))
 
     def load(self, site, address, count, trans) -> list[np.ndarray]:
-        """ldmatrix: each matrix's rows are read by the lanes that hold their addresses."""
+        """ldmatrix: each matrix's rows are read by the lanes that hold their addresses, for others."""
         machine = self._machine
         machine.together(site)
         lanes = machine.of_all(address).reshape(-1, 32)
         rows = tensor_cores.ldmatrix_rows(lanes, count)
         which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
         words = machine.read_shared(site, rows.reshape(-1), 8, 2, which)
+        machine.hand_on(
+            site, rows.reshape(-1), 16, which & ~31 | which % 8 * 4
+        )  # row r: to lanes 4r to 4r + 3
         values = np.ascontiguousarray(words).view(np.uint16).reshape(*rows.shape, 8)
         registers = tensor_cores.ldmatrix_fragments(values, trans)
         return list(registers.reshape(count, -1))
