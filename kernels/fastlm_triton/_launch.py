@@ -14,8 +14,6 @@ from triton.knobs import HookChain
 from triton.runtime import JITFunction, driver
 
 _RUN = JITFunction.run
-_COMPILED: dict[tuple, object] = {}
-_ASPECTS: dict[int, Callable] = {}  # a kernel's id -> what of its arguments a compiled kernel depends on
 
 
 def launch(kernel: JITFunction, grid: tuple, *args, **options) -> None:
@@ -25,11 +23,12 @@ def launch(kernel: JITFunction, grid: tuple, *args, **options) -> None:
         return
     active = driver.active
     device = active.get_current_device()
-    aspects = _ASPECTS.get(id(kernel)) or _aspects_of(kernel, args)
-    key = (id(kernel), device, aspects(*args), *options.items())
-    compiled = _COMPILED.get(key)
+    kept = kernel.device_caches[device][0]  # among Triton's own: who empties them, empties this
+    aspects = kept.get(_aspects_of) or kept.setdefault(_aspects_of, _aspects_of(kernel, args))
+    key = (aspects(*args), *options.items())
+    compiled = kept.get(key)
     if compiled is None:
-        _COMPILED[key] = kernel[grid](*args, **options)
+        kept[key] = kernel[grid](*args, **options)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream, missing = active.get_current_stream(device), len(kernel.params) - len(args)  # constexpr
@@ -64,7 +63,7 @@ def _aspects_of(kernel: JITFunction, args: tuple) -> Callable:
         else:
             aspects.append(name)
     source = f"lambda {', '.join(names)}: ({', '.join(aspects)},)"
-    return _ASPECTS.setdefault(id(kernel), eval(source, {"_aspect": _aspect}))
+    return eval(source, {"_aspect": _aspect})
 
 
 def _aspect(value):
