@@ -36,11 +36,6 @@ def launch(kernel: JITFunction, grid: tuple, *args, **options) -> None:
     compiled.run(x, y, z, stream, function, packed, None, None, None, *args, *(None,) * missing)
 
 
-def forget() -> None:
-    """Asks Triton again at the next launches: a kernel's source has changed."""
-    _COMPILED.clear()
-
-
 def _is_watched() -> bool:
     """Whether somebody wants Triton's own way: a profiler's hooks, or a stand-in for it."""
     runtime = triton.knobs.runtime

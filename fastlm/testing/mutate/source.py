@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from fastlm_triton._launch import forget
 from triton.runtime.jit import JITFunction
 
 _FLIPPED = {
@@ -136,4 +135,3 @@ def _set(function: JITFunction, text: str, callers: list[JITFunction]) -> None:
     function._unsafe_update_src(text)
     for f in callers:  # their hashes are made of what they call, too
         f.hash = None
-    forget()
