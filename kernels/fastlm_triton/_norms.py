@@ -100,8 +100,8 @@ def norm_forward(
 
 @triton.jit
 def inverse_root(squares, cols, eps):
-    """1 / sqrt(squares / cols + eps), each step correctly rounded: one number a row, all y's factor."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, tl.cast(cols, tl.float32)) + eps))
+    """1 / sqrt(squares / cols + eps): all y's factor, so to the last bit but for the first division's two."""
+    return tl.div_rn(1.0, tl.sqrt_rn(squares / cols + eps))
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
