@@ -24,6 +24,13 @@ REASONS: list[Reason] = [
     Reason("add_partials", r"total = tl\.sum", _TO_WARP, _ONE_WARP),
     Reason("norm_backward", r"tl\.store\(sums .*tl\.sum\(d(weight|bias), 0\)", _TO_WARP, _ONE_WARP),
     Reason("bias_act_backward", r"tl\.store\(partials .*tl\.sum", _TO_WARP, _ONE_WARP),
+    Reason(
+        "norm_forward_long",
+        r"tl\.debug_barrier",
+        r"bar\.sync 0 ",
+        "Triton stores and loads h in one layout here, so that each thread reads what it wrote; nothing promises"
+        " that it always will.",
+    ),
     Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
         "norm_backward",
