@@ -256,7 +256,7 @@ def test_forget_removes_what_was_tuned(capsys):
 
 
 ERRORS = {
-    "no GPU": ([], "--device cuda needs a GPU: torch "),
+    "no GPU": ([], "tuning needs a GPU: torch "),
     "another device": (["--device", "cpu"], "--device must be a GPU, got cpu"),
     "unknown op": (["--op", "sofmax"], "--op must be one of "),
     "unknown dtype": (["--dtype", "int8"], "--dtype must be one of f32, bf16, f16, f64, got int8"),

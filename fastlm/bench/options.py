@@ -90,14 +90,15 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise CommandError(f"--device {name} needs a GPU: {_no_gpu()}")
+            raise CommandError(f"--device {name} needs a GPU: {no_gpu()}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise CommandError(f"--device {name} cannot be used: {reason}") from error
 
 
-def _no_gpu() -> str:
+def no_gpu() -> str:
+    """Why torch can use no GPU here."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without CUDA"
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU or no driver here"

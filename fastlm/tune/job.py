@@ -13,7 +13,7 @@ from .. import _triton, _tuned
 from .._op import OPS
 from ..bench import registry
 from ..bench.clock import clock_of
-from ..bench.options import check_device
+from ..bench.options import check_device, no_gpu
 from ..bench.trial import DeviceLost, reason_of
 from ..bench.workload import DTYPES, Workload
 from ..cli.errors import CommandError
@@ -91,6 +91,8 @@ def _gpu(device: str) -> str:
     """The name under which findings are kept. Raises: CommandError where there is no GPU."""
     if _triton.simulator.arch is not None:
         return f"simulated {_triton.simulator.arch}"
+    if not torch.cuda.is_available():
+        raise CommandError(f"tuning needs a GPU: {no_gpu()}")
     check_device(device)
     if torch.device(device).type != "cuda":
         raise CommandError(f"--device must be a GPU, got {device}: other devices have no Triton kernels")

@@ -28,8 +28,8 @@ REASONS: list[Reason] = [
         "norm_forward_long",
         r"tl\.debug_barrier",
         r"bar\.sync 0 ",
-        "Triton stores and loads h in one layout here, so that each thread reads what it wrote; nothing promises"
-        " that it always will.",
+        "Triton stores and loads h in one layout here, so that each thread reads what it wrote; nothing"
+        " promises that it always will.",
     ),
     Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
