@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from decoding import decode_inputs, lengths_of
+from decoding import decode_inputs, lengths_of, running
 
 from fastlm._op import OPS
 from fastlm.ops import AttentionOutput, append_kv, attention, decode_attention
@@ -18,7 +18,8 @@ CASES = {case.name: case for case in cases_of("decode_attention")[0]}
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    with running(request.param):
+        yield request.param
 
 
 def _as_attention(inputs, b, dtype=None, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import decode_inputs, lengths_of
+from decoding import decode_inputs, lengths_of, running
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,8 @@ CASES = {case.name: case for case in cases_of("decode_attention")[0]}
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    with running(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("page", [1, 7, 16, 1000])

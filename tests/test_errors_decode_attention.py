@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bad_input import assert_told
-from decoding import decode_inputs, lengths_of
+from decoding import decode_inputs, lengths_of, running
 
 import fastlm
 from fastlm._op import OPS
@@ -16,7 +16,8 @@ BACKENDS = (*OPS["decode_attention"].backends, "reference")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
+    with running(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
