@@ -33,8 +33,8 @@ REASONS: list[Reason] = [
     ),
     Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
-        "norm_backward",
-        r"n -= tl\.load\(mean_in",
+        "norm_backward|norm_parameter_gradients",
+        r".*tl\.load\(mean_in",
         "row < rows",
         "mean is the first half of statistics: behind it lies the first rstd, and that row is not stored.",
     ),
@@ -42,7 +42,7 @@ REASONS: list[Reason] = [
         "add_partials",
         r"tl\.store\(second_out",
         "(which == 1|col < cols)",
-        "Where there is one sum (rms_norm, bias_act) both stores are of the same values to the same place.",
+        "Of one sum (rms_norm, bias_act) the second store never is, or repeats the first one.",
     ),
     Reason("row_(losses|gradients)", "used = ", "which < cols", _BAD_TARGET),
     Reason(
