@@ -308,3 +308,21 @@ def test_ldmatrix_reads_for_other_lanes_of_the_warp():
     """
     execute(body, shared=512)
     assert found(body.replace("bar.warp.sync -1;", ""), shared=512).kind == "race"
+
+
+def test_halves_are_compared_each_on_its_own():
+    """PTX ISA, "Half Precision Comparison Instructions: setp": p of the lower halves, q of the upper."""
+    body = """
+    mov.b32 %r5, 0x3F80BF80;  // bfloat16: 1 above -1
+    mov.b32 %r6, 0;
+    setp.lt.bf16x2 %p1|%p2, %r5, %r6;
+    selp.b32 %r7, 1, 0, %p1;
+    selp.b32 %r8, 2, 0, %p2;
+    mov.b32 %r10, 0xBC007E00;  // float16: -1 above NaN
+    setp.ltu.f16x2 %p1|%p2, %r10, %r6;
+    selp.b32 %r11, 4, 0, %p1;
+    selp.b32 %r12, 8, 0, %p2;
+    add.s32 %r7, %r7, %r8; add.s32 %r7, %r7, %r11; add.s32 %r7, %r7, %r12;
+    st.global.b32 [%rd5], %r7;
+    """
+    assert execute(body).tolist() == [1 + 4 + 8] * 64

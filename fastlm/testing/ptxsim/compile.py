@@ -24,6 +24,7 @@ _STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([b
 _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
 _REDUX = re.compile(r"redux\.sync\.(?=(?:add|min|max)\.[su]|(?:and|or|xor)\.b)(\w+)\.([sub])32$")
+_COMPARE = re.compile(r"setp\.(\w+)\.(f16|bf16)x2$")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?$")
 _NOTHING = ("createpolicy.fractional.L2::evict_first.b64", "createpolicy.fractional.L2::evict_last.b64",
             "griddepcontrol.launch_dependents")  # fmt: skip
@@ -215,7 +216,9 @@ class _Block:
             self._repack(i)
         elif form := form_of(i.opcode, len(i.operands)):
             self._arithmetic(i, form)
-        elif not (self._memory(i) or self._control(i) or self._warp(i) or self._matrix(i)):
+        elif not (
+            self._compare_halves(i) or self._memory(i) or self._control(i) or self._warp(i) or self._matrix(i)
+        ):
             raise UnknownInstruction(f"line {i.line}: {i.text}")
 
     def _arithmetic(self, i: Instruction, form) -> None:
@@ -223,6 +226,20 @@ class _Block:
         pairs = zip(i.operands[count:], form.operands, strict=True)
         expression = form.expression.format(*(self._read(o, t) for o, t in pairs))
         self._write(i.operands[0], form.results[0], expression, self._guard(i))
+
+    def _compare_halves(self, i: Instruction) -> bool:
+        """setp.f16x2 and .bf16x2: a predicate of the lower halves, and one of the upper."""
+        match = _COMPARE.match(i.opcode)
+        form = match and form_of(f"setp.{match.group(1)}.{match.group(2)}", 3)
+        if not form or i.guard or i.operands[0].kind != "pair":
+            return False
+        self.lines.append(f"a, b = halves({self._read(i.operands[1], 'u4')})")
+        self.lines.append(f"c, d = halves({self._read(i.operands[2], 'u4')})")
+        view = ".view(F2)" if match.group(2) == "f16" else ""
+        for to, left, right in zip(i.operands[0].value, "ab", "cd", strict=True):
+            if to.value != "_":
+                self._write(to, "p", form.expression.format(left + view, right + view))
+        return True
 
     def _repack(self, i: Instruction) -> None:
         to, source = i.operands
