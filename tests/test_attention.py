@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from native_backends import BACKENDS
 
 from fastlm._op import OPS
 from fastlm._philox import attention_scales
@@ -12,7 +13,6 @@ from fastlm.ops import AttentionOutput, attention
 from fastlm.testing.cases import Draw, cases_of
 from fastlm.testing.compare import judge, leaves, run
 
-BACKENDS = (*OPS["attention"].backends, "reference")
 CASES = {case.name: case for case in cases_of("attention")[0]}
 SMALL = ("window-both", "bias-masks", "lengths", "mask-empty-row", "everything")
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from native_backends import BACKENDS
 
-from fastlm._op import OPS
 from fastlm._philox import attention_scales
 from fastlm.ops import attention
 from fastlm.testing.cases import DTYPES, Draw
 from fastlm.testing.compare import KernelCalls, judge, verdicts
 
-BACKENDS = (*OPS["attention"].backends, "reference")
 GRADIENTS = ("q", "k", "v", "bias")
 
 

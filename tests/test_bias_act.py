@@ -5,6 +5,7 @@ import torch
 from bad_input import assert_told
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_backends import BACKENDS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +16,6 @@ from fastlm.ops import bias_act
 from fastlm.testing.cases import DTYPES, Draw
 from fastlm.testing.compare import verdicts
 
-BACKENDS = (*OPS["bias_act"].backends, "reference")
 TWINS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(), "silu": nn.SiLU()}
 
 

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from bad_input import assert_told
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_backends import BACKENDS
 
 from fastlm._op import OPS
 from fastlm.ops import NormOutput, dropout_add, rms_norm
 from fastlm.testing.cases import DTYPES, Draw, cases_of
 from fastlm.testing.compare import verdicts
-
-BACKENDS = (*OPS["rms_norm"].backends, "reference")
 
 
 def _inputs(*shape, dtype=torch.float32):

@@ -5,14 +5,13 @@ import torch
 from bad_input import assert_told
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_backends import BACKENDS
 
 from fastlm._op import OPS
 from fastlm.ops import rope
 from fastlm.testing.cases import DTYPES, Draw
 from fastlm.testing.cases.rope import tables
 from fastlm.testing.compare import verdicts
-
-BACKENDS = (*OPS["rope"].backends, "reference")
 
 
 def _inputs(batch, heads, seq, dim, rotated=None, dtype=torch.float32):
