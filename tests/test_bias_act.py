@@ -139,9 +139,9 @@ def test_bad_input_is_told_before_any_kernel_runs(change, error, words):
 
 def test_other_devices_run_on_the_reference():
     with FakeTensorMode():
-        x = torch.zeros(3, 8, device="cuda")
+        x = torch.zeros(3, 8, device="xpu")
         assert fastlm.explain("bias_act", x).chosen == "reference"
-        assert bias_act(x).device.type == "cuda"
+        assert bias_act(x).device.type == "xpu"
 
 
 @st.composite
