@@ -91,7 +91,7 @@ def _gpu(device: str) -> str:
     """The name under which findings are kept. Raises: CommandError where there is no GPU."""
     if _triton.simulator.arch is not None:
         return f"simulated {_triton.simulator.arch}"
-    if not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"tuning needs a GPU: {no_gpu()}")
     check_device(device)
     if torch.device(device).type != "cuda":
