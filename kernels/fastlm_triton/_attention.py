@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._matmul import dot_kind
 from ._philox import dropout_words
 
 _LOG2E = 1.4426950408889634
@@ -248,7 +249,7 @@ def problem_of(
         "RAW": half and scale > 0 and not capped and slopes is None and bias is None,
         "UNIT": unit,
         "EVEN": (dim, dim_v) == (block_d, block_v),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": dot_kind(torch.float32),
         "BD": block_d,
         "BV": block_v,
     }

@@ -35,6 +35,7 @@ from ._attention import (
     zero_gaps,
 )
 from ._config import Config, config_for
+from ._launch import launch
 
 
 def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
@@ -422,7 +423,7 @@ def run_backward(
     grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
     if grid[0]:
-        _dq_kernel[grid](*given, out, lse, *sums, *gradient, **flags, **cut)
+        launch(_dq_kernel, grid, *given, out, lse, *sums, *gradient, **flags, **cut)
     if dk is not None or dv is not None:
         (bm, bn), warps, stages = config_for(dkv_config, q.device, problem.dtype, problem.width, problem.keys)
         grid = (-(-problem.keys // bn) * problem.kv_heads * problem.batch,)
@@ -434,7 +435,7 @@ def run_backward(
             int(dv is not None),
         )
         if grid[0]:
-            _dkv_kernel[grid](*given, *gradients, **flags, **cut)
+            launch(_dkv_kernel, grid, *given, *gradients, **flags, **cut)
     return None if dbias_of is None else _dbias(problem, dbias_of, given, flags)
 
 
@@ -456,7 +457,8 @@ def _dbias(problem: Problem, bias: Tensor, given: tuple, flags: dict) -> Tensor:
     shape = (splits, kept_b, kept_h, tiles_q if sum_q else rows, tiles_k if sum_k else cols)
     several = splits > 1 or sum_q or sum_k
     parts = bias.new_empty(shape, dtype=torch.float32 if several else bias.dtype)
-    _dbias_kernel[(programs * splits,)](
+    launch(
+        _dbias_kernel, (programs * splits,),
         *given, parts, kept_b, kept_h, splits,
         **flags, SUM_Q=sum_q, SUM_K=sum_k, BM=bm, BN=bn, STAGES=stages, num_warps=warps,
     )  # fmt: skip

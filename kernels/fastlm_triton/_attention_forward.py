@@ -29,6 +29,7 @@ from ._attention import (
     zero_gaps,
 )
 from ._config import Config, config_for
+from ._launch import launch
 
 
 def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
@@ -143,6 +144,15 @@ def run_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
     )
     grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     if grid[0]:
-        _forward_kernel[grid](
-            *problem.arguments, out, lse, **problem.flags, BM=bm, BN=bn, STAGES=stages, num_warps=warps
+        launch(
+            _forward_kernel,
+            grid,
+            *problem.arguments,
+            out,
+            lse,
+            **problem.flags,
+            BM=bm,
+            BN=bn,
+            STAGES=stages,
+            num_warps=warps,
         )

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ._activations import activated, activated_backward
-from ._config import Config, config_for
+from ._config import Config, cdiv, config_for
+from ._launch import launch
 from ._rows import add_up, keep_scales, partials_config
 
 
@@ -22,7 +23,7 @@ def matmul_config(arch: int, kind: str, m: int, n: int, k: int) -> Config:
 
     kind: of dot_kind.
     """
-    small = triton.cdiv(m, 128) * triton.cdiv(n, 128) < 108  # fewer than an A100 has multiprocessors
+    small = cdiv(m, 128) * cdiv(n, 128) < 108  # fewer than an A100 has multiprocessors
     if kind == "ieee":  # FMAs: 32 sums a thread, and a row of a and a column of b beside them
         rows, cols, depth, warps, stages = (32, 32, 16, 4, 2) if small else (64, 64, 16, 4, 2)
     elif m <= 16:
@@ -37,7 +38,7 @@ def matmul_config(arch: int, kind: str, m: int, n: int, k: int) -> Config:
         rows, cols, depth, warps, stages = 128, 128, 32, 4, 4
     if kind == "tf32":
         depth //= 2  # the same bytes
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, cols)
+    tiles = cdiv(m, rows) * cdiv(n, cols)
     splits = max(min(128 // max(tiles, 1), k // 512), 1)  # 512: a sum costs more than writing it twice
     return Config((rows, cols, depth, 8, splits), warps, stages)
 
@@ -156,14 +157,15 @@ def _launch(
 ) -> None:  # fmt: skip
     (m, k), n = a.shape, b.shape[1]
     rows, cols, depth, band, _ = config.block
-    k_each = triton.cdiv(triton.cdiv(k, splits), depth) * depth
+    k_each = cdiv(cdiv(k, splits), depth) * depth
     kind = dot_kind(a.dtype)
     precision = "tf32" if kind == "tf32" else "ieee"
     each = (
         8 if kind == "ieee" else 16
     )  # elements a thread: the epilogue holds four times that; FMAs hold more
     part = max(each * 32 * config.warps // rows, 16)
-    matmul_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, cols), splits)](
+    launch(
+        matmul_kernel, (cdiv(m, rows) * cdiv(n, cols), splits),
         a, b, out, bias, z, act, sums, m, n, k, k_each, *a.stride(), *b.stride(), *dropout, activation,
         precision, rows, cols, depth, band, part, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -204,7 +206,7 @@ def product_into_activation(a, b, z, activation: str, dropout: tuple, dz, act, d
     if z.numel() == 0:
         return
     config = _config_of(a, b)
-    blocks, sums = triton.cdiv(z.shape[0], config.block[0]), None
+    blocks, sums = cdiv(z.shape[0], config.block[0]), None
     if dbias is not None:
         sums = torch.empty((blocks, 1, z.shape[1]), dtype=torch.float32, device=z.device)
     _launch(a, b, dz, config, z=z, act=act, sums=sums, activation=activation, dropout=dropout)

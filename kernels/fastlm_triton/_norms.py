@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from . import dropout_add
-from ._config import Config, config_for
+from ._config import Config, cdiv, config_for, next_power_of_2
+from ._launch import launch
 from ._rows import (
     SUMS_ALIKE,
     add_up,
@@ -39,7 +40,7 @@ def norm_forward_config(arch: int, cols: int) -> Config:
     16 elements a thread: two 16-byte loads of half precision, four of float32; 8 in short rows, so that 4
     warps have work for all. 16384 columns at most: 32 warps have 64 registers a thread.
     """
-    width = max(triton.next_power_of_2(cols), 4)
+    width = max(next_power_of_2(cols), 4)
     if width > 16384:
         return Config((1, 4096), warps=8)
     return Config((max(1024 // width, 1), width), warps=max(width // 512, 4))
@@ -57,7 +58,7 @@ def norm_backward_config(arch: int, cols: int, dropout: bool) -> Config:
     16 warps a multiprocessor, too few to wait for memory without the next rows on their way to shared memory
     (at most 98 KB: float32, 8192 columns, dh).
     """
-    width = max(triton.next_power_of_2(cols), 4)
+    width = max(next_power_of_2(cols), 4)
     if width > (4096 if dropout else 8192):
         return Config((1, 4096), warps=8)
     elements = 8 if dropout else 16
@@ -288,7 +289,8 @@ def run_forward(x, weight, bias, eps, weight_offset, residual, p, seed, mean, rs
         return y, h
     config = config_for(norm_forward_config, x.device, cols)
     kernel = norm_forward if config.block[1] >= cols else norm_forward_long
-    kernel[(triton.cdiv(rows, config.block[0]),)](
+    launch(
+        kernel, (cdiv(rows, config.block[0]),),
         *as_rows(x), *as_rows(residual), parameter(weight), parameter(bias), y, given(h), mean, rstd, rows,
         cols, eps, weight_offset, *dropout_of(p, seed), mean is not None, *config.block,
         num_warps=config.warps, **SUMS_ALIKE,
@@ -309,7 +311,8 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
     config = config_for(norm_backward_config, h.device, cols, p > 0)
     if config.block[1] < cols:
         if dx is not None or dresidual is not None:
-            norm_backward_long[(rows,)](
+            launch(
+                norm_backward_long, (rows,),
                 *read, *weighted_by, cols, weight_offset, *dropout, mean is not None, config.block[1],
                 num_warps=config.warps, **SUMS_ALIKE,
             )  # fmt: skip
@@ -317,7 +320,8 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
     else:
         programs, each = row_blocks(rows, config.block[0])
         partials = torch.empty((programs, len(outs), cols), dtype=torch.float32, device=h.device)
-        norm_backward[(programs,)](
+        launch(
+            norm_backward, (programs,),
             *read, *weighted_by, partials, rows, cols, each, weight_offset, *dropout, mean is not None,
             dweight is not None, dbias is not None, *config.block, config.stages, num_warps=config.warps,
             **SUMS_ALIKE, **REGISTERS,
@@ -331,11 +335,12 @@ def parameter_partials(dy, h, mean, rstd, dweight, dbias):
     rows, cols = rstd.numel(), h.shape[-1]
     config = config_for(elementwise_config, h.device, rows, cols)
     height, width = config.block
-    across = triton.cdiv(cols, width)
+    across = cdiv(cols, width)
     each = column_sum_rows(rows, across, height)
-    blocks, flags = triton.cdiv(rows, each), (dweight is not None, dbias is not None)
+    blocks, flags = cdiv(rows, each), (dweight is not None, dbias is not None)
     partials = torch.empty((blocks, sum(flags), cols), dtype=torch.float32, device=h.device)
-    norm_parameter_gradients[(blocks * across,)](
+    launch(
+        norm_parameter_gradients, (blocks * across,),
         *as_rows(dy), *as_rows(h), mean, rstd, partials, rows, cols, each, *flags, height, width,
         num_warps=config.warps,
     )  # fmt: skip

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import Config
+from ._config import Config, cdiv, next_power_of_2
+from ._launch import launch
 from ._philox import dropout_words
 
 # Kernels that sum products over the lanes of a row: were the last product fused with the first sum of a
@@ -58,7 +59,7 @@ def elementwise_config(arch: int, rows: int, cols: int) -> Config:
 
     16 programs then fill a multiprocessor's 64 warps and have 32 KB of each input under way.
     """
-    width = min(max(triton.next_power_of_2(cols), 4), 1024)
+    width = min(max(next_power_of_2(cols), 4), 1024)
     return Config((1024 // width if rows > 1 else 1, width), warps=4)
 
 
@@ -69,9 +70,9 @@ def row_blocks(rows: int, tile_rows: int) -> tuple[int, int]:
     64 rows for each, so that writing and reading partial sums stays below 5% of the bytes. 8 rows at least.
     """
     programs = min(max(256, rows // 64), 512)
-    each = max(triton.cdiv(rows, programs), 8)
-    each = triton.cdiv(each, tile_rows) * tile_rows
-    return triton.cdiv(rows, each), each
+    each = max(cdiv(rows, programs), 8)
+    each = cdiv(each, tile_rows) * tile_rows
+    return cdiv(rows, each), each
 
 
 def column_sum_rows(rows: int, across: int, tile_rows: int) -> int:
@@ -81,7 +82,7 @@ def column_sum_rows(rows: int, across: int, tile_rows: int) -> int:
     multiprocessor; 16 at least.
     """
     each = min(max(rows * across // 512, 16), 64)
-    return triton.cdiv(each, tile_rows) * tile_rows
+    return cdiv(each, tile_rows) * tile_rows
 
 
 def partials_config(arch: int) -> Config:
@@ -129,5 +130,6 @@ def add_partials(partials, first_out, second_out, blocks, cols, BLOCKS: tl.const
 def add_up(partials: torch.Tensor, outs: list[torch.Tensor], config: Config) -> None:
     """Writes the sums of partials [blocks, len(outs), cols] to outs, [cols] each, in their own dtypes."""
     blocks, count, cols = partials.shape
-    grid = (triton.cdiv(cols, config.block[1]), count)
-    add_partials[grid](partials, outs[0], outs[-1], blocks, cols, *config.block, num_warps=config.warps)
+    grid = (cdiv(cols, config.block[1]), count)
+    sums = partials, outs[0], outs[-1]
+    launch(add_partials, grid, *sums, blocks, cols, *config.block, num_warps=config.warps)

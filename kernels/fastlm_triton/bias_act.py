@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ._activations import activated, activated_backward
-from ._config import config_for
+from ._config import cdiv, config_for
+from ._launch import launch
 from ._rows import (
     add_up,
     as_rows,
@@ -84,7 +85,8 @@ def forward(x, bias, activation, dropout_p, seed):
     rows = y.numel() // cols
     config = config_for(elementwise_config, x.device, rows, cols)
     height, width = config.block
-    bias_act_forward[(triton.cdiv(rows, height) * triton.cdiv(cols, width),)](
+    launch(
+        bias_act_forward, (cdiv(rows, height) * cdiv(cols, width),),
         *as_rows(x), parameter(bias), y, rows, cols, *dropout_of(dropout_p, seed), activation, height, width,
         num_warps=config.warps,
     )  # fmt: skip
@@ -100,11 +102,12 @@ def backward(dy, x, bias, activation, dropout_p, seed, needs):
     rows = x.numel() // cols
     config = config_for(elementwise_config, x.device, rows, cols)
     height, width = config.block
-    across = triton.cdiv(cols, width)
+    across = cdiv(cols, width)
     each = column_sum_rows(rows, across, height) if needs[1] else height
-    blocks = triton.cdiv(rows, each)
+    blocks = cdiv(rows, each)
     partials = torch.empty((blocks, 1, cols), dtype=torch.float32, device=x.device) if needs[1] else None
-    bias_act_backward[(blocks * across,)](
+    launch(
+        bias_act_backward, (blocks * across,),
         *as_rows(dy), *as_rows(x), parameter(bias), given(dx), partials, rows, cols, each,
         *dropout_of(dropout_p, seed), activation, height, width, num_warps=config.warps,
     )  # fmt: skip

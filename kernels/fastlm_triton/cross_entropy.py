@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import Config, config_for
+from ._config import Config, cdiv, config_for, next_power_of_2
+from ._launch import launch
 from ._rows import as_rows
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a maximum starts: -inf - -inf would be NaN
@@ -19,7 +20,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a maximum starts: -inf - 
 
 def row_config(arch: int, itemsize: int, cols: int) -> Config:
     """(columns at a time,): 32 bytes a thread, two 128-bit loads in flight; up to 8 warps a row."""
-    block = min(max(triton.next_power_of_2(cols), 128), 8192 // itemsize)
+    block = min(max(next_power_of_2(cols), 128), 8192 // itemsize)
     return Config((block,), warps=max(block * itemsize // 1024, 1))
 
 
@@ -161,7 +162,8 @@ def write_row_losses(
     rows, cols = logits.shape
     config = config_for(row_config, logits.device, logits.element_size(), cols)
     step = 1 if dloss is not None and dloss.dim() else 0
-    row_losses[(rows,)](
+    launch(
+        row_losses, (rows,),
         logits, bias, target, dloss, row_loss, *sums, dlogits, logits.stride(0), cols, step, *options,
         options[1] > 0, *config.block, num_warps=config.warps,
     )  # fmt: skip
@@ -170,7 +172,8 @@ def write_row_losses(
 def add_up(row_loss, target, loss, count, ignore_index: int, mean: bool) -> None:
     """Writes count and, unless it is None, loss: the sum or the mean of row_loss."""
     config = config_for(total_config, target.device)
-    add_rows[(1,)](
+    launch(
+        add_rows, (1,),
         row_loss, target, loss, count, target.numel(), ignore_index, mean, *config.block,
         num_warps=config.warps,
     )  # fmt: skip
@@ -205,8 +208,9 @@ def backward(
         return dlogits
     logits, stride = as_rows(logits)
     each, config = reduction == "none", config_for(row_config, logits.device, logits.element_size(), cols)
-    blocks = triton.cdiv(cols, config.block[0])
-    row_gradients[(rows * blocks,)](
+    blocks = cdiv(cols, config.block[0])
+    launch(
+        row_gradients, (rows * blocks,),
         dloss.contiguous(), logits, target.contiguous(), maximum, exp_sum,
         count if reduction == "mean" else None, dlogits, stride, cols, blocks, int(each), ignore_index,
         label_smoothing, z_loss, *config.block, num_warps=config.warps,

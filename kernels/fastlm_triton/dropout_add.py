@@ -7,7 +7,8 @@ Source: Srivastava et al., "Dropout", https://jmlr.org/papers/v15/srivastava14a.
 import triton
 import triton.language as tl
 
-from ._config import config_for
+from ._config import cdiv, config_for
+from ._launch import launch
 from ._rows import as_rows, dropout_of, elementwise_config, keep_scales, output_like, tile_of
 
 
@@ -37,7 +38,8 @@ def forward(x, residual, dropout_p, seed):
     rows = y.numel() // cols
     config = config_for(elementwise_config, x.device, rows, cols)
     height, width = config.block
-    dropout_add[(triton.cdiv(rows, height) * triton.cdiv(cols, width),)](
+    launch(
+        dropout_add, (cdiv(rows, height) * cdiv(cols, width),),
         *as_rows(x), *as_rows(residual), y, rows, cols, *dropout_of(dropout_p, seed), height, width,
         num_warps=config.warps,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from ._activations import activated, activated_backward
-from ._config import config_for
+from ._config import cdiv, config_for
+from ._launch import launch
 from ._rows import as_rows, elementwise_config, given, output_like, tile_of
 
 
@@ -54,8 +55,8 @@ def _launch(kernel, inputs, outputs, activation: str) -> None:
     strided = [a for t in inputs for a in ((t, cols) if rows == 1 else as_rows(t))]
     config = config_for(elementwise_config, x.device, rows, cols)
     height, width = config.block
-    grid = (triton.cdiv(rows, height) * triton.cdiv(cols, width),)
-    kernel[grid](*strided, *outputs, rows, cols, activation, height, width, num_warps=config.warps)
+    grid = (cdiv(rows, height) * cdiv(cols, width),)
+    launch(kernel, grid, *strided, *outputs, rows, cols, activation, height, width, num_warps=config.warps)
 
 
 def forward(gate, up, activation):

@@ -11,8 +11,8 @@ and the gradient in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2
 from contextlib import nullcontext
 
 import torch
-import triton
 
+from ._config import cdiv
 from .cross_entropy import add_up, write_row_losses
 
 ROWS = 512  # of a chunk: enough for the matmuls' tiles to fill a GPU at 8192 classes
@@ -22,7 +22,7 @@ ELEMENTS = 1 << 26  # of its logits at most, 256 MB: more classes, fewer rows in
 def chunk_rows(rows: int, classes: int) -> int:
     """Rows of each chunk but the last, for even chunks as few as the bounds allow."""
     most = min(max(ELEMENTS // classes, 1), ROWS)
-    return max(triton.cdiv(rows, max(triton.cdiv(rows, most), 1)), 1)
+    return max(cdiv(rows, max(cdiv(rows, most), 1)), 1)
 
 
 def _outside_autocast(device: torch.device):

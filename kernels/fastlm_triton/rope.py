@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import Config, config_for
+from ._config import Config, cdiv, config_for, next_power_of_2
+from ._launch import launch
 
 
 def rope_config(arch: int, itemsize: int, tables: int, heads: int, half: int) -> Config:
@@ -18,12 +19,12 @@ def rope_config(arch: int, itemsize: int, tables: int, heads: int, half: int) ->
 
     tables: positions of all tables, batch * seq.
     """
-    pairs = min(triton.next_power_of_2(half), 256)  # wider rows are cut: the four tables stay in registers
+    pairs = min(next_power_of_2(half), 256)  # wider rows are cut: the four tables stay in registers
     # 16 bytes of a and of b for each of 128 threads; more would hold over 32 registers of tables
     positions = max(2048 // itemsize // pairs, 1)
-    programs = triton.cdiv(tables, positions) * triton.cdiv(half, pairs)
-    parts = min(triton.cdiv(512, programs), heads)  # 512 programs fill 132 SMs; beyond, tables are read once
-    return Config((positions, pairs, triton.cdiv(heads, parts)), warps=4)
+    programs = cdiv(tables, positions) * cdiv(half, pairs)
+    parts = min(cdiv(512, programs), heads)  # 512 programs fill 132 SMs; beyond, tables are read once
+    return Config((positions, pairs, cdiv(heads, parts)), warps=4)
 
 
 @triton.jit(do_not_specialize=["heads_each", "seq_blocks", "head_blocks"])
@@ -88,12 +89,13 @@ def _rotate(x, cos, sin, interleaved: bool, transposed: bool) -> torch.Tensor:
     positions, pairs, heads_each = config.block
     cos, *cos_strides = _table(cos)
     sin, *sin_strides = _table(sin)
-    seq_blocks, head_blocks = triton.cdiv(seq, positions), triton.cdiv(heads, heads_each)
+    seq_blocks, head_blocks = cdiv(seq, positions), cdiv(heads, heads_each)
     tail = dim - 2 * half
-    grid = seq_blocks * head_blocks * batch, triton.cdiv(max(half, tail), pairs)
+    grid = seq_blocks * head_blocks * batch, cdiv(max(half, tail), pairs)
     strides = *x.stride()[:3], *y.stride()[:3], *cos_strides, *sin_strides
     blocks, flags = (heads_each, seq_blocks, head_blocks), (interleaved, transposed, tail > 0)
-    rotate_rows[grid](
+    launch(
+        rotate_rows, grid,
         x, cos, sin, y, heads, seq, half, dim, *strides, *blocks, *flags, positions, pairs,
         num_warps=config.warps,
     )  # fmt: skip

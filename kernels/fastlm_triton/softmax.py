@@ -11,7 +11,8 @@ Source: Vaswani et al., section 3.2.1, https://arxiv.org/abs/1706.03762.
 import triton
 import triton.language as tl
 
-from ._config import Config, config_for
+from ._config import Config, cdiv, config_for, next_power_of_2
+from ._launch import launch
 from ._rows import SUMS_ALIKE, as_rows, output_like
 
 
@@ -21,7 +22,7 @@ def softmax_config(arch: int, cols: int) -> Config:
     16 elements a thread, so that 32 warps and their 64 registers hold 16384 columns of both dy and y; 8 in
     short rows, so that 4 warps have work for all.
     """
-    width = max(triton.next_power_of_2(cols), 4)
+    width = max(next_power_of_2(cols), 4)
     if width > 16384:
         return Config((1, 4096), warps=8)
     return Config((max(1024 // width, 1), width), warps=max(width // 512, 4))
@@ -199,7 +200,8 @@ def forward(x, scale, mask, causal):
         together = 16 // x.element_size() if keep[3] == 1 else 1
     config = config_for(softmax_config, x.device, cols)
     kernel = softmax_forward if config.block[1] >= cols else softmax_forward_long
-    kernel[(triton.cdiv(rows, config.block[0]),)](
+    launch(
+        kernel, (cdiv(rows, config.block[0]),),
         *as_rows(x), scale, *keep, y, rows, cols, together, causal, *config.block, num_warps=config.warps,
         **SUMS_ALIKE,
     )  # fmt: skip
@@ -215,7 +217,8 @@ def backward(dy, y, scale, causal):
     rows = dx.numel() // cols
     config = config_for(softmax_config, y.device, cols)
     kernel = softmax_backward if config.block[1] >= cols else softmax_backward_long
-    kernel[(triton.cdiv(rows, config.block[0]),)](
+    launch(
+        kernel, (cdiv(rows, config.block[0]),),
         *as_rows(dy), *as_rows(y), scale, dx, rows, cols, causal, *config.block, num_warps=config.warps,
         **SUMS_ALIKE,
     )  # fmt: skip
