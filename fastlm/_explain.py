@@ -28,13 +28,22 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _op.OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(_op.OPS))}, got {name!r}")
+    declared = _op.OPS[name]
+    raw, backend = raw_arguments(name, *args, **kwargs)
+    reasons = {b: declared.why_not(b, *raw) for b in _op.BACKENDS}
+    return Explanation(declared.choose(backend, raw), reasons)
+
+
+def raw_arguments(name: str, *args, **kwargs) -> tuple[tuple, str | None]:
+    """(the forward schema's arguments of fastlm.ops.<name>(*args, **kwargs), its backend).
+
+    A seed that is not given is 0: nothing is drawn from the random generator.
+    Raises: what the op raises for bad input.
+    """
     bound = inspect.signature(getattr(ops, name)).bind(*args, **kwargs)
     bound.apply_defaults()
     values = dict(bound.arguments)
     backend = values.pop("backend")
     if "seed" in values and values["seed"] is None:
-        values["seed"] = 0  # explaining must not draw from the random generator
-    declared = _op.OPS[name]
-    raw = declared.check(**values)
-    reasons = {b: declared.why_not(b, *raw) for b in _op.BACKENDS}
-    return Explanation(declared.choose(backend, raw), reasons)
+        values["seed"] = 0
+    return _op.OPS[name].check(**values), backend

@@ -1,13 +1,12 @@
 """The Triton backend seen by torch's tracers: torch.compile, opcheck, and fake CUDA tensors without a GPU."""
 
-import inspect
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
 from fastlm import ops
+from fastlm._explain import raw_arguments
 from fastlm._op import OPS
 from fastlm.testing import ptxsim
 from fastlm.testing.cases import Draw, cases_of
@@ -16,16 +15,6 @@ from fastlm.testing.compare import leaves, run
 
 def first_inputs(name, dtype=torch.float32):
     return cases_of(name)[0][0].inputs(Draw(0, dtype))
-
-
-def raw_arguments(name, inputs):
-    """The forward schema's arguments of a call."""
-    bound = inspect.signature(getattr(ops, name)).bind(**inputs)
-    bound.apply_defaults()
-    values = {n: v for n, v in bound.arguments.items() if n != "backend"}
-    if values.get("dropout_p"):
-        values["seed"] = torch.tensor([7])
-    return OPS[name].check(**values)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -51,7 +40,7 @@ def test_compile_traces_the_public_function_whole(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck_accepts_the_raw_op(name):
-    arguments = raw_arguments(name, first_inputs(name))
+    arguments, _ = raw_arguments(name, **first_inputs(name))
     with ptxsim.device("sm_80"), torch.no_grad():
         torch.library.opcheck(OPS[name].forward["triton"], arguments)
 
@@ -79,7 +68,7 @@ def test_fake_cuda_tensors_choose_triton_and_run_forward(name):
 @pytest.mark.parametrize("name", [n for n in OPS if OPS[n].backward])
 def test_the_raw_backward_runs_on_fake_cuda_tensors(name):
     op, mode = OPS[name], FakeTensorMode()
-    arguments = raw_arguments(name, first_inputs(name))
+    arguments, _ = raw_arguments(name, **first_inputs(name))
     named = dict(zip(op.arguments, (fake_cuda(mode, a) for a in arguments), strict=True))
     with mode, torch.no_grad():
         outputs = op.forward["triton"](*named.values())

@@ -8,7 +8,6 @@ the L2 cache. Sectors and wavefronts: ptxsim/profile.py.
 """
 
 import argparse
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ops
-from .._op import OPS
+from .._explain import raw_arguments
+from .._op import OPS, _as_tuple
 from . import ptxsim
 from .pages import replace_block
 from .ptxsim.profile import SECTOR, Profile, Traffic
@@ -175,12 +175,11 @@ WORKLOADS = [
 
 def measure(workload: Workload, arch: str = "sm_80") -> tuple[Movement, Movement | None]:
     """Runs the raw op, and its backward if it has one, on the simulator; returns what each moved."""
-    op, given = OPS[workload.op], workload.arguments()
-    arguments = raw_arguments(workload.op, given)
+    op = OPS[workload.op]
+    arguments, _ = raw_arguments(workload.op, **workload.arguments())
     profile = Profile()
     with ptxsim.device(arch, profile), torch.no_grad():
-        outputs = op.forward["triton"](*arguments)
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        outputs = _as_tuple(op.forward["triton"](*arguments))
     named = dict(zip(op.arguments, arguments, strict=True)) | dict(zip(op.outputs, outputs, strict=False))
     written = [named[n] for n in op.written] or [t for t in outputs if t is not None]
     read = [t for n, t in zip(op.arguments, arguments, strict=True) if n not in op.written]
@@ -196,18 +195,9 @@ def _backward(op, named: dict, arch: str, unread: tuple) -> Movement:
     given = [named.get(a.name) for a in raw._schema.arguments]
     profile = Profile()
     with ptxsim.device(arch, profile), torch.no_grad():
-        gradients = raw(*given)
-    gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
+        gradients = _as_tuple(raw(*given))
     read = [t for a, t in zip(raw._schema.arguments, given, strict=True) if a.name not in unread]
     return _movement(profile, read, gradients)
-
-
-def raw_arguments(name: str, given: dict) -> tuple:
-    """The forward schema's arguments of a public call."""
-    bound = inspect.signature(getattr(ops, name)).bind(**given)
-    bound.apply_defaults()
-    values = {n: v for n, v in bound.arguments.items() if n != "backend"}
-    return OPS[name].check(**values)
 
 
 def _bytes(tensors) -> int:

@@ -5,7 +5,6 @@ for which keys it asks; then, key by key, the neighbours of what the function sa
 the default's results, and timed in turn with it; the search goes on from the fastest while that gains.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from .. import ops
-from .._op import OPS
+from .._explain import raw_arguments
+from .._op import OPS, _as_tuple
 from ..bench.clock import interleaved
 from ..bench.trial import check_device_lives, reason_of
 from ..bench.workload import Workload
@@ -58,16 +57,11 @@ def config_module():
 def bodies(workload: Workload, arguments: dict) -> list[Body]:
     """The bodies that a call of the workload runs, forward first; backward takes what forward gives now."""
     op, module = OPS[workload.op], import_module(f"fastlm_triton.{workload.op}")
-    bound = inspect.signature(getattr(ops, workload.op)).bind(**arguments)
-    bound.apply_defaults()
-    values = {n: v for n, v in bound.arguments.items() if n != "backend"}
-    if "seed" in values and values["seed"] is None:
-        values["seed"] = 0
-    raw = list(op.check(**values))
-    found = [Body(op.name, "forward", lambda: _tuple(module.forward(*raw)))]
+    raw = list(raw_arguments(workload.op, **arguments)[0])
+    found = [Body(op.name, "forward", lambda: _as_tuple(module.forward(*raw)))]
     if "triton" in op.backward and workload.directions != ("forward",):
         given = _backward_arguments(op, raw, found[0].call())
-        found.append(Body(op.name, "backward", lambda: _tuple(module.backward(*given))))
+        found.append(Body(op.name, "backward", lambda: _as_tuple(module.backward(*given))))
     return found
 
 
@@ -82,10 +76,6 @@ def _backward_arguments(op, raw: list, outputs: tuple[Tensor, ...]) -> list:
         unused = 0 < source < len(gradients) and isinstance(declared.type, torch.OptionalType)
         found.append(needs if source < 0 else None if unused else known[source])
     return found
-
-
-def _tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 class _Asked(dict):

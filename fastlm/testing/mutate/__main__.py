@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..._op import OPS
+from ..pages import replace_block
 from . import source
 from .job import KINDS, Job
-from .report import COLUMNS, in_page, markdown, report, shares, totals
-from .state import State, write_json, write_text
+from .report import COLUMNS, markdown, report, shares, totals
+from .state import State, write_json
 
 WHOLE = {"sm_80": KINDS, "sm_90a": ("ptx",)}  # masks are the same on both; barriers are not
 GOAL = 0.95
@@ -57,7 +58,7 @@ def main(
     if json is not None:
         write_json(json, found)
     if docs is not None:
-        write_text(docs, in_page(docs.read_text(encoding="utf-8"), markdown(found)))
+        replace_block(docs, "mutate", markdown(found))
     mutants, caught, unexplained = totals(found)
     raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
 

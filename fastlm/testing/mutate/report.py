@@ -8,7 +8,6 @@ import triton
 from .explained import reason_for
 from .job import CAUGHT, SURVIVED
 
-BEGIN, END = "<!-- mutate:start -->", "<!-- mutate:end -->"
 _NAMES = ("op", "arch", "kind", "kernel")
 COLUMNS = ("op", "kernel", "arch", "changes of", "mutants", "caught", "share", "survivors", "unexplained")
 
@@ -54,14 +53,6 @@ def shares(found: dict) -> list[list[str]]:
 def _counts(mutants: int, caught: int, unexplained: int) -> list[str]:
     share = f"{100 * caught / mutants:.1f}%" if mutants else ""
     return [str(mutants), str(caught), share, str(mutants - caught or ""), str(unexplained or "")]
-
-
-def in_page(page: str, text: str) -> str:
-    """The page with `text` between its markers. Raises: ValueError where it has none."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"the page must hold {BEGIN} and, after it, {END}, once each")
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def markdown(found: dict) -> str:

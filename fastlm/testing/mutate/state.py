@@ -1,9 +1,10 @@
 """What has been tried: one JSON file, whole at any time, so that a run that was stopped goes on."""
 
 import json
-import os
 import time
 from pathlib import Path
+
+from ...bench.results import write_text
 
 _EVERY = 5.0  # seconds between two writes: a kill loses no more
 
@@ -38,12 +39,5 @@ class State:
 
 def write_json(file: Path, content) -> None:
     """Never half a file."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Never half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(content, indent=1) + "\n")

@@ -7,9 +7,12 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/, sectio
 
 import numpy as np
 
+from . import tensor_cores
+
 U1, U2, U4, U8 = np.uint8, np.uint16, np.uint32, np.uint64
 I1, I2, I4, I8, F2, F4, F8 = np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64
 _SMALLEST = np.float32(2.0**-126)
+to_bf16, to_tf32 = tensor_cores.bf16_bits, tensor_cores.tf32_bits  # cvt.rn.bf16.f32, cvt.rna.tf32.f32
 
 
 def flush(x):
@@ -155,19 +158,6 @@ def away(x):
 def from_bf16(bits):
     """bfloat16 bits -> float32, exact."""
     return (bits.astype(U4) << U4(16)).view(F4)
-
-
-def to_bf16(x):
-    """float32 -> bfloat16 bits, to nearest even; NaN becomes 0x7FFF."""
-    bits = x.view(U4)
-    rounded = (bits + U4(0x7FFF) + (bits >> U4(16) & U4(1)) >> U4(16)).astype(U2)
-    return np.where(np.isnan(x), U2(0x7FFF), rounded)
-
-
-def to_tf32(x):
-    """cvt.rna.tf32.f32: 10 bits of mantissa, halves away from zero."""
-    bits = x.view(U4)
-    return np.where(np.isfinite(x), bits + U4(0x1000) & U4(0xFFFFE000), bits)
 
 
 def maximum(a, b, larger=np.fmax):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import triton
 
+from ...bench.results import write_text
 from .occupancy import LIMITS
 from .record import Kernel
 
@@ -70,7 +71,7 @@ def write(file: Path, kernels: dict[str, Kernel]) -> None:
     """One line a kernel."""
     lines = (f"{json.dumps(key)}: {json.dumps(kernel._asdict())}" for key, kernel in kernels.items())
     head = f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n'
-    file.write_text(head + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    write_text(file, head + ",\n".join(lines) + "\n}}\n")
 
 
 def worse(stored: dict[str, Kernel], found: dict[str, Kernel]) -> list[str]:
