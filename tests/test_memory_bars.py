@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from fastlm.testing import ptxsim
-from fastlm.testing.memory_bars import WORKLOADS, attention_reads, eager_bytes, matrix_kernels, measure
+from fastlm.testing.memory_bars import attention_reads, eager_bytes, matrix_kernels, measure
+from fastlm.testing.memory_workloads import WORKLOADS
 from fastlm.testing.ptxsim.profile import Profile
 
 OFTEN = ("softmax [2048, 512]", "glu, silu [2048, 512]", "rope [2, 8, 512, 64]")
