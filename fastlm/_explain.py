@@ -1,8 +1,10 @@
 """explain: which backend would run a call, and why the others would not."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import torch
 
 from . import _op, ops
 
@@ -47,3 +49,20 @@ def raw_arguments(name: str, *args, **kwargs) -> tuple[tuple, str | None]:
     if "seed" in values and values["seed"] is None:
         values["seed"] = 0
     return _op.OPS[name].check(**values), backend
+
+
+def raw_backward_arguments(op: "_op.Op", arguments: Sequence, outputs: Sequence) -> list:
+    """The backward schema's arguments as the autograd node passes them, of a forward on raw arguments.
+
+    The gradient of the first output is 1, those of other public outputs are None where they may be; every
+    tensor's gradient is wanted.
+    """
+    schema = next(iter(op.backward.values()))._schema
+    gradients = [torch.ones_like(o) for o in outputs[: op.public]]
+    known = gradients + list(arguments) + list(outputs)
+    needs = [isinstance(arguments[i], torch.Tensor) for i in op.wanted]
+    found = []
+    for source, declared in zip(op.sources, schema.arguments, strict=True):
+        unused = 0 < source < len(gradients) and isinstance(declared.type, torch.OptionalType)
+        found.append(needs if source < 0 else None if unused else known[source])
+    return found

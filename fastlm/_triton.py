@@ -5,7 +5,7 @@ fastlm_triton.<op> has `forward` and `backward`: each takes its schema's argumen
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -74,23 +74,22 @@ def body(op: str, function: str) -> Callable:
     loaded: list[Callable] = []
 
     def run(*args):
-        first = next(a for a in args if isinstance(a, torch.Tensor))
+        first = args[0] if args[0] is not None else next(a for a in args if isinstance(a, torch.Tensor))
         if not loaded:
             loaded.append(getattr(import_module(f"fastlm_triton.{op}"), function))
             if first.is_cuda:
                 _tuned.load(first.device.index)
-        with _device_of(first):
-            try:
-                return loaded[0](*args)
-            except Exception as error:
-                if not _tuned.dropped(error):
-                    raise
-                return loaded[0](*args)
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return call(args)
+        return call(args)
+
+    def call(args: tuple):
+        try:
+            return loaded[0](*args)
+        except Exception as error:
+            if not _tuned.dropped(error):
+                raise
+            return loaded[0](*args)
 
     return run
-
-
-def _device_of(first: torch.Tensor):
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        return torch.cuda.device(first.device)
-    return nullcontext()

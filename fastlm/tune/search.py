@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from .._explain import raw_arguments
+from .._explain import raw_arguments, raw_backward_arguments
 from .._op import OPS, _as_tuple
 from ..bench.clock import interleaved
 from ..bench.trial import check_device_lives, reason_of
@@ -60,21 +60,8 @@ def bodies(workload: Workload, arguments: dict) -> list[Body]:
     raw = list(raw_arguments(workload.op, **arguments)[0])
     found = [Body(op.name, "forward", lambda: _as_tuple(module.forward(*raw)))]
     if "triton" in op.backward and workload.directions != ("forward",):
-        given = _backward_arguments(op, raw, found[0].call())
+        given = raw_backward_arguments(op, raw, found[0].call())
         found.append(Body(op.name, "backward", lambda: _as_tuple(module.backward(*given))))
-    return found
-
-
-def _backward_arguments(op, raw: list, outputs: tuple[Tensor, ...]) -> list:
-    """As the autograd node passes them: a gradient of the first output, and every tensor's is wanted."""
-    schema = op.backward["triton"]._schema
-    gradients = [torch.ones_like(o) for o in outputs[: op.public]]
-    known = gradients + raw + list(outputs)
-    needs = [isinstance(raw[i], Tensor) for i in op.wanted]
-    found = []
-    for source, declared in zip(op.sources, schema.arguments, strict=True):
-        unused = 0 < source < len(gradients) and isinstance(declared.type, torch.OptionalType)
-        found.append(needs if source < 0 else None if unused else known[source])
     return found
 
 

@@ -6,6 +6,7 @@ Of packed sequences, sequence b starts at row starts[b]. Strides and widths come
 the compiler knows what they are multiples of, without compiling again for each.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -179,8 +180,10 @@ def owned_rows(starts, b, batch, first, tokens):
 class Problem(NamedTuple):
     """One call's arguments as every attention kernel begins with them, and what they are cut by."""
 
-    arguments: tuple
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple
     flags: dict  # constexprs
+    dout_strides: tuple[int, ...]  # of batch, head and row, in units
     batch: int
     heads: int
     kv_heads: int
@@ -188,6 +191,12 @@ class Problem(NamedTuple):
     keys: int
     dtype: torch.dtype
     width: int  # of q's and v's head dims the larger one, padded
+    options: str  # what needs registers beside a plain call's: names, with spaces between
+
+    @property
+    def arguments(self) -> tuple:
+        """What the kernels begin with."""
+        return self.tensors + self.numbers
 
 
 def readable(t: Tensor) -> Tensor:
@@ -195,48 +204,49 @@ def readable(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def head_strides(t: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and row of [batch, heads, seq, dim] or, packed, [tokens, heads, dim]."""
-    return t.stride()[:3] if t.dim() == 4 else (0, t.stride(1), t.stride(0))
-
-
-def unit_of(*tensors: Tensor) -> int:
-    """What divides every stride and width: the elements of 16 bytes, or 1."""
-    unit = 16 // tensors[0].element_size()
-    sizes = (n for t in tensors for n in (*head_strides(t), t.shape[-1]))
-    return 1 if any(n % unit for n in sizes) else unit
-
-
-def _broadcast_strides(t: Tensor | None, axes: int) -> tuple[int, ...]:
-    """Strides of t, 0 where it has one entry for all."""
-    if t is None:
-        return (0,) * axes
-    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
+def _view_of(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride())
 
 
 def problem_of(
-    q, k, v, scale, offset, left, right, softcap, slopes, dropout_p, seed, unit,
-    mask=None, bias=None, lengths=None, starts_q=None, starts_k=None, longest=None,
+    q, k, v, dout, scale, offset, left, right, softcap, slopes, dropout_p, seed, mask=None, bias=None,
+    lengths=None, starts_q=None, starts_k=None, longest=None,
 ) -> Problem:  # fmt: skip
     """What the kernels take, of [batch, heads, seq, dim], or of packed [tokens, heads, dim] and their starts.
 
-    q, k, v: readable. unit: unit_of what is read. longest: (queries, keys) that no packed sequence exceeds.
+    q, k, v, dout: readable; dout may be None. longest: (queries, keys) that no packed sequence exceeds.
     """
-    rows = 2 if starts_q is None else 0
-    tokens = (q.shape[rows], k.shape[rows])
-    queries, keys = longest or tokens
+    views = (_view_of(q), _view_of(k), _view_of(v), _view_of(dout))
+    beside = (_view_of(mask), _view_of(bias), _view_of(slopes))
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
-    dim, dim_v, half = q.shape[-1], v.shape[-1], q.dtype != torch.float32
-    capped, dropped = softcap > 0, dropout_p > 0
+    layout = _layout(
+        views, beside, q.dtype, dot_kind(q.dtype), batch, longest, scale, offset, left, right, softcap,
+        dropout_p,
+    )  # fmt: skip
+    seed = seed if dropout_p > 0 else None
+    return Problem((q, k, v, mask, bias, lengths, starts_q, starts_k, slopes, seed), *layout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(
+    views, beside, dtype, kind, batch, longest, scale, offset, left, right, softcap, dropout_p
+) -> tuple:  # fmt: skip
+    """All of a Problem but its tensors: what a model's calls have in common. views: of q, k, v and dout."""
+    packed, unit = longest is not None, _unit_of(views, dtype.itemsize)
+    of_heads = [tuple(n // unit for n in _head_strides(v)) for v in views]
+    (shape_q, _), (shape_k, _), (shape_v, _), _ = views
+    heads, kv_heads, dim, dim_v = (
+        shape_q[-2 if packed else 1],
+        shape_k[-2 if packed else 1],
+        shape_q[-1],
+        shape_v[-1],
+    )
+    tokens = (shape_q[0], shape_k[0]) if packed else (shape_q[2], shape_k[2])
+    queries, keys = longest or tokens
+    capped, (mask, bias, slopes) = softcap > 0, beside
     threshold = int(dropout_p * 2**32)
-    strides = (n // unit for t in (q, k, v) for n in head_strides(t))
-    tensors = (q, k, v, mask, bias, lengths, starts_q, starts_k, slopes, seed if dropped else None)
     broadcast = (*_broadcast_strides(mask, 4), *_broadcast_strides(bias, 4), *_broadcast_strides(slopes, 2))
-    sizes = (q.shape[1], q.shape[1] // k.shape[1], batch, queries, keys, *tokens, dim // unit, dim_v // unit)
+    sizes = (heads, heads // kv_heads, batch, queries, keys, *tokens, dim // unit, dim_v // unit)
     band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
     scales = (
         scale / softcap if capped else scale * _LOG2E,
@@ -245,15 +255,49 @@ def problem_of(
     )
     dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32
     block_d, block_v = _padded(dim), _padded(dim_v)
+    half = dtype != torch.float32
     flags = {
         "RAW": half and scale > 0 and not capped and slopes is None and bias is None,
         "UNIT": unit,
         "EVEN": (dim, dim_v) == (block_d, block_v),
-        "PRECISION": dot_kind(torch.float32),
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BD": block_d,
         "BV": block_v,
     }
-    arguments = (*tensors, *strides, *broadcast, *sizes, *band, *scales, *dropout)
-    return Problem(
-        arguments, flags, batch, q.shape[1], k.shape[1], queries, keys, q.dtype, max(block_d, block_v)
-    )
+    present = {
+        "mask": mask,
+        "bias": bias,
+        "alibi": slopes,
+        "softcap": capped or None,
+        "dropout": dropout_p or None,
+    }
+    options = " ".join(name for name, value in present.items() if value is not None)
+    numbers = (*of_heads[0], *of_heads[1], *of_heads[2], *broadcast, *sizes, *band, *scales, *dropout)
+    cut_by = (batch, heads, kv_heads, queries, keys, dtype, max(block_d, block_v), options)
+    return numbers, flags, of_heads[3], *cut_by
+
+
+def _head_strides(view: tuple | None) -> tuple[int, ...]:
+    """Strides of batch, head and row of [batch, heads, seq, dim] or, packed, [tokens, heads, dim]."""
+    if view is None:
+        return ()
+    stride = view[1]
+    return stride[:3] if len(stride) == 4 else (0, stride[1], stride[0])
+
+
+def _unit_of(views: tuple, itemsize: int) -> int:
+    """What divides every stride and width: the elements of 16 bytes, or 1."""
+    unit = 16 // itemsize
+    sizes = [n for view in views if view is not None for n in (*_head_strides(view), view[0][-1])]
+    return 1 if any(n % unit for n in sizes) else unit
+
+
+def _broadcast_strides(view: tuple | None, axes: int) -> tuple[int, ...]:
+    """Strides of a tensor, 0 where it has one entry for all."""
+    if view is None:
+        return (0,) * axes
+    return tuple(0 if n == 1 else s for n, s in zip(*view, strict=True))
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())

@@ -23,7 +23,6 @@ from ._attention import (
     Problem,
     has_100_kb,
     head_of,
-    head_strides,
     hide,
     in_log2,
     load_rows,
@@ -407,16 +406,15 @@ def _dbias_kernel(
 def run_backward(
     problem: Problem, dout, dlse, out, lse, dq, dk, dv, dbias_of: Tensor | None
 ) -> Tensor | None:
-    """Writes dq, dk and dv, contiguous as [batch, seq, heads, dim] or [tokens, heads, dim]; None: not wanted.
+    """Writes dq, dk and dv, in memory as [batch, seq, heads, dim] or [tokens, heads, dim]; None: not wanted.
 
-    out, lse: contiguous, out as dq is. dbias_of: the bias whose gradient is wanted; returns that.
+    out: as dq is. lse: contiguous. dbias_of: the bias whose gradient is wanted; returns that.
     """
-    q, k, v = problem.arguments[:3]
+    q, k, v = problem.tensors[:3]
     exact = problem.dtype == torch.float32 or dbias_of is not None and dbias_of.dtype == torch.float32
     stats = lse.new_empty((3 if exact else 2, lse.numel()))
     flags = problem.flags | {"EXACT": exact, "RAW": problem.flags["RAW"] and not exact}
-    unit = problem.flags["UNIT"]
-    given = (*problem.arguments, dout, *(n // unit for n in head_strides(dout)), stats, lse.numel())
+    given = (*problem.arguments, dout, *problem.dout_strides, stats, lse.numel())
     sums = (lse, 0, 0, 0, 0) if dlse is None else (dlse, *_lse_strides(dlse), 1)
     gradient = (q, 0) if dq is None else (dq, 1)
     (bm, bn), warps, stages = config_for(dq_config, q.device, problem.dtype, problem.width, problem.queries)

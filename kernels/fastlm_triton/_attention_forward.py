@@ -138,7 +138,7 @@ def _forward_kernel(
 
 
 def run_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Writes out, contiguous as [batch, seq, heads, dim] or [tokens, heads, dim], and lse."""
+    """Writes out, in memory as [batch, seq, heads, dim] or [tokens, heads, dim], and lse, contiguous."""
     (bm, bn), warps, stages = config_for(
         forward_config, out.device, problem.dtype, problem.width, problem.queries
     )

@@ -25,7 +25,12 @@ def config_for(function: Callable[..., Config], device: torch.device, *sizes) ->
     function: pure; (arch, *sizes) -> Config, arch being 80, 90, 100 or 120. sizes: hashable.
     """
     arch = arch_of(device)
-    return TUNED.get((function.__name__, arch, *sizes)) or function(arch, *sizes)
+    return TUNED.get((function.__name__, arch, *sizes)) or _default(function, arch, *sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _default(function: Callable[..., Config], arch: int, *sizes) -> Config:
+    return function(arch, *sizes)
 
 
 def arch_of(device: torch.device) -> int:
@@ -41,8 +46,6 @@ def _capability(index: int) -> int:
 
 
 def _simulated_target() -> int:
-    if triton.knobs.runtime.interpret:
-        return 80
     return triton.runtime.driver.active.get_current_target().arch
 
 

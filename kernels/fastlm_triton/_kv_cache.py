@@ -1,5 +1,7 @@
 """What decode_attention and append_kv share: tensors [..., ..., ..., dim] as their kernels read them."""
 
+import functools
+
 import torch
 
 
@@ -13,12 +15,17 @@ def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
 
     unit: what divides all strides and widths, the elements of 16 bytes of the narrowest; or 1.
     """
-    unit, found, all_bits = 16 // min(t.element_size() for t in tensors), [], 0
-    for t in tensors:
-        first, second, third, _ = t.stride()
-        found += (first, second, third)
-        all_bits |= first | second | third | t.shape[3]
-    return (1, found) if all_bits % unit else (unit, [n // unit for n in found])
+    return _in_units(
+        min(t.element_size() for t in tensors), *((*t.stride()[:3], t.shape[3]) for t in tensors)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_units(itemsize: int, *sizes: tuple[int, int, int, int]) -> tuple[int, list[int]]:
+    unit = 16 // itemsize
+    if any(n % unit for each in sizes for n in each):
+        unit = 1
+    return unit, [n // unit for *strides, _ in sizes for n in strides]
 
 
 def scale_strides(scale: torch.Tensor | None) -> tuple[int, ...]:

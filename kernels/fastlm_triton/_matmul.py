@@ -172,7 +172,7 @@ def _launch(
 
 
 def _matrix(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return a.new_empty((a.shape[0], b.shape[1]))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -184,7 +184,7 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
     if splits == 1:
         _launch(a, b, out, config, bias=bias)
         return out
-    partials = torch.empty((splits, 1, out.numel()), dtype=torch.float32, device=a.device)
+    partials = a.new_empty((splits, 1, out.numel()), dtype=torch.float32)
     _launch(a, b, partials, config, splits)
     add_up(partials, [out.view(-1)], config_for(partials_config, a.device))
     return out
@@ -208,7 +208,7 @@ def product_into_activation(a, b, z, activation: str, dropout: tuple, dz, act, d
     config = _config_of(a, b)
     blocks, sums = cdiv(z.shape[0], config.block[0]), None
     if dbias is not None:
-        sums = torch.empty((blocks, 1, z.shape[1]), dtype=torch.float32, device=z.device)
+        sums = z.new_empty((blocks, 1, z.shape[1]), dtype=torch.float32)
     _launch(a, b, dz, config, z=z, act=act, sums=sums, activation=activation, dropout=dropout)
     if dbias is not None:
         add_up(sums, [dbias], config_for(partials_config, z.device))

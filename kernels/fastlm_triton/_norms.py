@@ -319,7 +319,7 @@ def run_backward(dy, dh, h, weight, weight_offset, mean, rstd, p, seed, dx, dres
         partials = parameter_partials(dy, h, mean, rstd, dweight, dbias) if outs else None
     else:
         programs, each = row_blocks(rows, config.block[0])
-        partials = torch.empty((programs, len(outs), cols), dtype=torch.float32, device=h.device)
+        partials = h.new_empty((programs, len(outs), cols), dtype=torch.float32)
         launch(
             norm_backward, (programs,),
             *read, *weighted_by, partials, rows, cols, each, weight_offset, *dropout, mean is not None,
@@ -338,7 +338,7 @@ def parameter_partials(dy, h, mean, rstd, dweight, dbias):
     across = cdiv(cols, width)
     each = column_sum_rows(rows, across, height)
     blocks, flags = cdiv(rows, each), (dweight is not None, dbias is not None)
-    partials = torch.empty((blocks, sum(flags), cols), dtype=torch.float32, device=h.device)
+    partials = h.new_empty((blocks, sum(flags), cols), dtype=torch.float32)
     launch(
         norm_parameter_gradients, (blocks * across,),
         *as_rows(dy), *as_rows(h), mean, rstd, partials, rows, cols, each, *flags, height, width,

@@ -34,14 +34,16 @@ def parameter(t: torch.Tensor | None) -> torch.Tensor | None:
 
 def output_like(x: torch.Tensor, wanted: bool = True) -> torch.Tensor:
     """A new contiguous tensor like x, or an empty one where it is not wanted."""
-    return torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+    if wanted:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty((0,))
 
 
 def parameter_gradient(t: torch.Tensor | None, x: torch.Tensor, wanted: bool = True) -> torch.Tensor:
     """A new vector of x's columns in the dtype of weight or bias t; empty where it is not wanted."""
     cols = x.shape[-1] if x.dim() else 1
     dtype = torch.float32 if t is None else t.dtype
-    return torch.empty((cols if wanted else 0,), dtype=dtype, device=x.device)
+    return x.new_empty((cols if wanted else 0,), dtype=dtype)
 
 
 def given(t: torch.Tensor) -> torch.Tensor | None:

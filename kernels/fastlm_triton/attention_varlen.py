@@ -8,15 +8,15 @@ written by the first tile's program of the sequence beside them.
 import torch
 from torch import Tensor
 
-from ._attention import Problem, problem_of, readable, unit_of
+from ._attention import Problem, problem_of, readable
 from ._attention_backward import run_backward
 from ._attention_forward import run_forward
 
 
 def _problem(read, starts_q, starts_k, max_q, max_k, scale, top_left, *options) -> Problem:
-    """read: q, k, v and dout, if there is one."""
+    """read: q, k, v and dout, which may be None."""
     return problem_of(
-        *read[:3], scale, 0 if top_left else 1, *options, unit_of(*read),
+        *read, scale, 0 if top_left else 1, *options,
         starts_q=starts_q.contiguous(), starts_k=starts_k.contiguous(), longest=(max_q, max_k),
     )  # fmt: skip
 
@@ -26,7 +26,7 @@ def forward(
     scale, top_left, left, right, softcap, alibi_slopes, dropout_p, seed,
 ):  # fmt: skip
     """(out, lse) as fastlm/_ops/attention_varlen.py declares them."""
-    read = [readable(t) for t in (q, k, v)]
+    read = [readable(q), readable(k), readable(v), None]
     problem = _problem(
         read, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left, right, softcap, alibi_slopes,
         dropout_p, seed,

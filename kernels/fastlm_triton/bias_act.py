@@ -105,7 +105,7 @@ def backward(dy, x, bias, activation, dropout_p, seed, needs):
     across = cdiv(cols, width)
     each = column_sum_rows(rows, across, height) if needs[1] else height
     blocks = cdiv(rows, each)
-    partials = torch.empty((blocks, 1, cols), dtype=torch.float32, device=x.device) if needs[1] else None
+    partials = x.new_empty((blocks, 1, cols), dtype=torch.float32) if needs[1] else None
     launch(
         bias_act_backward, (blocks * across,),
         *as_rows(dy), *as_rows(x), parameter(bias), given(dx), partials, rows, cols, each,

@@ -181,16 +181,16 @@ def add_up(row_loss, target, loss, count, ignore_index: int, mean: bool) -> None
 
 def forward(logits, target, ignore_index, label_smoothing, z_loss, reduction):
     """(loss, maximum and exp_sum of each row, float32; count of the rows that are not ignored, int64)."""
-    floats = {"dtype": torch.float32, "device": logits.device}
-    maximum, exp_sum = torch.empty(target.shape, **floats), torch.empty(target.shape, **floats)
-    count = torch.empty((), dtype=torch.int64, device=logits.device)
+    maximum = logits.new_empty(target.shape, dtype=torch.float32)
+    exp_sum = torch.empty_like(maximum)
+    count = logits.new_empty((), dtype=torch.int64)
     each, rows, cols = reduction == "none", target.numel(), logits.shape[-1]
     loss = logits.new_empty(target.shape if each else ())
     if rows == 0:
         return loss.zero_(), maximum, exp_sum, count.zero_()
     logits, stride = as_rows(logits)
     target = target.contiguous()
-    row_loss = loss if each else torch.empty(target.shape, **floats)
+    row_loss = loss if each else torch.empty_like(maximum)
     matrix = logits.as_strided((rows, cols), (stride, 1))
     options = ignore_index, label_smoothing, z_loss
     write_row_losses(matrix, target, row_loss, options, sums=(maximum, exp_sum))
@@ -202,7 +202,7 @@ def backward(
     dloss, logits, target, maximum, exp_sum, count, ignore_index, label_smoothing, z_loss, reduction
 ):
     """dlogits, contiguous."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = logits.new_empty(logits.shape)
     rows, cols = target.numel(), logits.shape[-1]
     if rows == 0:
         return dlogits

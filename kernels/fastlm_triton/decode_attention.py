@@ -232,7 +232,7 @@ def forward(
     token, device, rows = heads * value_dim, q.device, batch * heads * queries
     strides = (queries * token, value_dim, token, 1)
     out = torch.empty_strided((batch, heads, queries, value_dim), strides, dtype=q.dtype, device=device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     if rows * value_dim == 0:
         return out, lse
 
@@ -246,7 +246,7 @@ def forward(
     splits = splits_of(arch_of(device), batch * kv_heads * tiles, min(capacity, left + queries))
     parts = None
     if splits > 1:
-        parts = torch.empty((rows * splits * (value_dim + 1),), dtype=torch.float32, device=device)
+        parts = q.new_empty((rows * splits * (value_dim + 1),), dtype=torch.float32)
     unit, strides = strides_in_units(q, k, v)
     launch(
         split_kernel, (batch * kv_heads, splits, tiles),

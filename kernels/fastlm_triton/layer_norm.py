@@ -12,7 +12,7 @@ from ._rows import given, output_like, parameter_gradient
 def forward(x, weight, bias, eps, residual, dropout_p, seed):
     """(y, h, statistics): h empty without residual and dropout; statistics float32 [2, rows]: mean, rstd."""
     rows = x.numel() // x.shape[-1]
-    statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    statistics = x.new_empty((2, rows), dtype=torch.float32)
     mean, rstd = statistics.unbind()
     y, h = run_forward(x, weight, bias, eps, 0.0, residual, dropout_p, seed, mean, rstd)
     return y, h, statistics

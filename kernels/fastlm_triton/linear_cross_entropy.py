@@ -91,7 +91,7 @@ def _run(x, weight, bias, target, options, dloss, needs):
 
 def _divided(dloss, target, ignore_index: int):
     """dloss (1 if None) over the number of rows that count, float32."""
-    count = torch.empty((), dtype=torch.int64, device=target.device)
+    count = target.new_empty((), dtype=torch.int64)
     add_up(None, target, None, count, ignore_index, False)
     count = count.clamp(min=1)
     return count.float().reciprocal() if dloss is None else dloss / count
@@ -109,7 +109,7 @@ def forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, redu
             return losses.to(dtype).view(target.shape), *gradients
         loss = torch.zeros((), dtype=dtype, device=x.device)
         if targets.numel():
-            count = torch.empty((), dtype=torch.int64, device=x.device)
+            count = x.new_empty((), dtype=torch.int64)
             add_up(losses, targets, loss, count, ignore_index, reduction == "mean")
         return loss, *gradients
 

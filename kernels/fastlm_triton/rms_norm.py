@@ -11,7 +11,7 @@ from ._rows import given, output_like, parameter_gradient
 
 def forward(x, weight, eps, weight_offset, residual, dropout_p, seed):
     """(y, h, rstd): h empty without residual and dropout; rstd float32, one for each row."""
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     y, h = run_forward(x, weight, None, eps, weight_offset, residual, dropout_p, seed, None, rstd)
     return y, h, rstd
 

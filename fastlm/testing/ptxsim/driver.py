@@ -36,6 +36,7 @@ class Driver:
     def __init__(self, arch: int, run, key: str):
         self.arch, self.run, self.utils = arch, run, self
         self.launcher_cls = functools.partial(_Launcher, self)
+        self._target = GPUTarget("cuda", arch, 32)
         self._device = f"{key} {arch}"  # Triton keeps what it has compiled by device
 
     def get_current_device(self) -> str:
@@ -51,7 +52,7 @@ class Driver:
 
     def get_current_target(self) -> GPUTarget:
         """What Triton compiles for."""
-        return GPUTarget("cuda", self.arch, 32)
+        return self._target
 
     def get_active_torch_device(self) -> torch.device:
         """Where the tensors are."""
@@ -171,7 +172,7 @@ def _pack(kind: str, value, size: int) -> bytes:
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
-def _to_ptx(*stages_of_backend):
+def to_ptx(*stages_of_backend):
     """Triton's hook on its stages: ptxas is not run, the PTX itself is the binary."""
     if not stages_of_backend:
         return "fastlm ptxsim", "fastlm ptxsim"
@@ -200,7 +201,7 @@ def device(arch: str = "sm_80", profile=None, rewrite=None) -> Iterator[None]:
     if number not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise ValueError(f"ptxsim.device: arch must be one of {known}, got {arch!r}")
-    with driven_by(_driver(number), _to_ptx), simulated(arch), _filled():
+    with driven_by(_driver(number), to_ptx), simulated(arch), _filled():
         before = _simulate.profile, _simulate.rewrite
         _simulate.profile, _simulate.rewrite = profile, rewrite
         try:
