@@ -194,6 +194,24 @@ def test_ldmatrix_x4_of_a_row_major_tile_is_the_fragment_of_a():
     np.testing.assert_array_equal(tc.warp_a(tc.ldmatrix_fragments(bits, False), "f16"), tile)
 
 
+# ldmatrix.m16n16.trans.b8: threads 16m to 16m + 15 give the row addresses of matrix m; thread 4g + t receives
+# elements 4t to 4t + 3 of column g in its first register, of column g + 8 in its second.
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ldmatrix_of_bytes_gives_each_lane_four_elements_of_two_columns(count):
+    addresses = RNG.integers(0, 1000, (3, 32))
+    np.testing.assert_array_equal(
+        tc.ldmatrix_rows(addresses, count, 16).reshape(3, -1), addresses[:, : 16 * count]
+    )
+    rows = RNG.integers(0, 256, (3, count, 16, 16), dtype=np.uint8)
+    words = tc.ldmatrix_bytes(rows)
+    for w, m, half, lane in itertools.product(range(3), range(count), range(2), LANES):
+        column, first = lane // 4 + 8 * half, lane % 4 * 4
+        wanted = bytes(rows[w, m, first : first + 4, column])
+        assert words[2 * m + half, w, lane] == int.from_bytes(wanted, "little")
+
+
 # wgmma's operands in shared memory
 
 

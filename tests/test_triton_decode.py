@@ -101,7 +101,7 @@ def test_tokens_without_a_slot_are_dropped(paged, quantised):
     dtype = torch.int8 if quantised else torch.float32
     caches = [torch.full((3, 2, 6, 8), 7, dtype=dtype) for _ in range(2)]
     scales = [torch.full((3, 2, 6), 7.0) for _ in range(2)] if quantised else [None, None]
-    table = torch.tensor([[1], [5], [-1]], dtype=torch.int32) if paged else None
+    table = torch.tensor([[1], [3], [-1]], dtype=torch.int32) if paged else None  # there are three pages
     lengths = torch.tensor([4, -2, 1 << 30], dtype=torch.int32)
     written = {0: (1 if paged else 0, slice(4, 6), slice(0, 2))}  # sequence -> page, slots, tokens
     if not paged:

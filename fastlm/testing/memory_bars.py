@@ -143,7 +143,7 @@ def attention_reads(arch: str = "sm_80", causal: bool = True, seq: int = 512, di
     profile = Profile()
     with ptxsim.device(arch, profile), torch.no_grad():
         ops.attention(q, k, v, causal=causal, backend="triton")
-    (queries, keys), *_ = forward_config(int(arch[3:].rstrip("a")), torch.bfloat16, dim, seq)
+    (queries, keys), *_ = forward_config(int(arch[3:].rstrip("a")), torch.bfloat16, dim, seq, "")
     tiles = range(0, seq, queries)
     seen = sum(-(-(min(start + queries, seq) if causal else seq) // keys) * keys for start in tiles)
     read = sum(t.sectors for (_, way, name), t in profile.memory_traffic.items() if name in ("k", "v"))

@@ -264,16 +264,11 @@ def _layout(
         "BD": block_d,
         "BV": block_v,
     }
-    present = {
-        "mask": mask,
-        "bias": bias,
-        "alibi": slopes,
-        "softcap": capped or None,
-        "dropout": dropout_p or None,
-    }
-    options = " ".join(name for name, value in present.items() if value is not None)
+    present = {"mask": mask, "bias": bias, "alibi": slopes}
+    options = [name for name, view in present.items() if view is not None]
+    options += ["softcap"] * capped + ["dropout"] * (dropout_p > 0) + ["packed"] * packed
     numbers = (*of_heads[0], *of_heads[1], *of_heads[2], *broadcast, *sizes, *band, *scales, *dropout)
-    cut_by = (batch, heads, kv_heads, queries, keys, dtype, max(block_d, block_v), options)
+    cut_by = (batch, heads, kv_heads, queries, keys, dtype, max(block_d, block_v), " ".join(options))
     return numbers, flags, of_heads[3], *cut_by
 
 

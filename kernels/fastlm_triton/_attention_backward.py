@@ -37,18 +37,21 @@ from ._config import Config, config_for
 from ._launch import launch
 
 
-def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
-    """Queries of a tile, and keys of a step; registers as ptxas counts them, none spilled."""
-    if dtype == torch.float32:
-        return (
-            Config((32, 32), 8, 2) if width <= 128 else Config((16, 16), 4, 2)
-        )  # with 4 warps 32 x 32 spill
+def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: str) -> Config:
+    """Queries of a tile, and keys of a step; registers as ptxas counts them, none spilled.
+
+    options: Problem.options.
+    """
+    if dtype == torch.float32:  # 32 x 32 spill at 8 warps, and at 4
+        return Config((32, 16) if width <= 64 else (16, 16), 4, 2)
     if width > 128 and has_100_kb(arch):
         return Config((32, 32), 4, 2)  # 168 registers, 68 KB
     if queries <= 64:
         return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
     if width <= 64:
-        return Config((128, 64), 8, 2)  # 255 registers; with 4 warps they spill
+        if arch == 90 or not options and not has_100_kb(arch):
+            return Config((128, 64), 8, 2)  # 205 registers; without wgmma 255 of a plain call
+        return Config((128, 32), 8, 2)  # of 64 keys up to 71 spills: 250 registers
     if arch == 90:  # wgmma reads q and dout from shared memory, so registers are left: 178, 194
         return Config((128 if width <= 128 else 64, 64), 8, 2)
     return Config(
@@ -56,10 +59,13 @@ def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config
     )  # 162 and 200 registers; with 128 queries they spill
 
 
-def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int) -> Config:
-    """Queries of a step, and keys of a tile; registers as ptxas counts them, none spilled."""
+def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: str) -> Config:
+    """Queries of a step, and keys of a tile; registers as ptxas counts them, none spilled.
+
+    options: Problem.options.
+    """
     if dtype == torch.float32:
-        return Config((32, 32), 4, 2) if width <= 128 else Config((16, 16), 8, 2)
+        return Config((32, 32), 4 if width <= 64 else 8, 2) if width <= 128 else Config((16, 16), 8, 2)
     if width > 128:
         return Config(
             (32, 32 if has_100_kb(arch) else 64), 8, 2
@@ -67,8 +73,16 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int) -> Config:
     if keys <= 64:
         return Config((32, 64), 4 if width <= 64 else 8, 2)  # short: half a tile of 128 would be idle
     if width <= 64:
-        return Config((64 if arch == 90 else 32, 128), 8, 2)  # 194 and 216 registers; 64 on sm_80: spilled
-    return Config((32, 128) if arch == 90 else (64, 64), 8, 2)  # 222 and 169 registers
+        if arch == 90:
+            return Config((64, 128), 8, 2)  # 242 registers
+        if options not in ("", "packed"):
+            return Config((16, 128), 8, 2)  # of 32 queries up to 28 spills: 234 registers
+        return Config((32, 128), 8, 2)  # 216 registers; 64 queries: spilled
+    if arch == 90:
+        return Config((32, 128), 8, 2)  # 222 registers
+    if options and has_100_kb(arch):
+        return Config((32, 64), 8, 2)  # 220 registers, where 64 queries of packed sequences spill 37
+    return Config((64, 64), 8, 2)  # 169 registers
 
 
 def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
@@ -77,7 +91,9 @@ def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
         return Config((32, 32) if dtype != torch.float32 else (16, 16), 4, 1)
     if dtype == torch.float32:
         return Config((32, 32), 4, 1)
-    return Config((64, 64), 4 if width <= 64 else 8, 2 if width <= 64 else 1)
+    if width <= 64:
+        return Config((64, 32), 4, 2)  # 255 registers; of 64 keys 50 spills
+    return Config((64, 64), 8, 1)
 
 
 @triton.jit
@@ -417,13 +433,17 @@ def run_backward(
     given = (*problem.arguments, dout, *problem.dout_strides, stats, lse.numel())
     sums = (lse, 0, 0, 0, 0) if dlse is None else (dlse, *_lse_strides(dlse), 1)
     gradient = (q, 0) if dq is None else (dq, 1)
-    (bm, bn), warps, stages = config_for(dq_config, q.device, problem.dtype, problem.width, problem.queries)
+    (bm, bn), warps, stages = config_for(
+        dq_config, q.device, problem.dtype, problem.width, problem.queries, problem.options
+    )
     grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
     if grid[0]:
         launch(_dq_kernel, grid, *given, out, lse, *sums, *gradient, **flags, **cut)
     if dk is not None or dv is not None:
-        (bm, bn), warps, stages = config_for(dkv_config, q.device, problem.dtype, problem.width, problem.keys)
+        (bm, bn), warps, stages = config_for(
+            dkv_config, q.device, problem.dtype, problem.width, problem.keys, problem.options
+        )
         grid = (-(-problem.keys // bn) * problem.kv_heads * problem.batch,)
         cut = {"BM": bm, "BN": bn, "STAGES": stages, "num_warps": warps}
         gradients = (

@@ -32,13 +32,17 @@ from ._config import Config, config_for
 from ._launch import launch
 
 
-def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int) -> Config:
-    """Queries and keys of a tile; registers as ptxas counts them, none spilled."""
+def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: str) -> Config:
+    """Queries and keys of a tile; registers as ptxas counts them, none spilled. options: Problem.options."""
     if dtype == torch.float32:  # exact products unroll into multiply-adds: 12 s to compile 32 x 32 x 256
-        return Config((32, 32), 4, 2) if width <= 128 else Config((16, 16), 8, 2)
+        return Config((32, 32) if width <= 128 else (16, 16), 8, 2)  # with 4 warps 32 x 32 spill
     if queries <= 64:
         return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
     if width <= 64:
+        if options not in ("", "packed"):  # of 128 queries 20 to 170 spills: 241 registers, 168 on sm_90
+            return Config((64, 64), 4, 2)
+        if options and arch == 100:
+            return Config((128, 64), 8, 2)  # with 4 warps 16 spills
         return Config((128, 64), 4, 2 if has_100_kb(arch) else 3)  # 236 registers: two programs at a time
     if arch == 90:  # wgmma reads q and k from shared memory, so registers are left: 234, 255
         return Config((128, 128) if width <= 128 else (128, 64), 8, 2)
@@ -140,7 +144,7 @@ def _forward_kernel(
 def run_forward(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Writes out, in memory as [batch, seq, heads, dim] or [tokens, heads, dim], and lse, contiguous."""
     (bm, bn), warps, stages = config_for(
-        forward_config, out.device, problem.dtype, problem.width, problem.queries
+        forward_config, out.device, problem.dtype, problem.width, problem.queries, problem.options
     )
     grid = (-(-problem.queries // bm) * problem.heads * problem.batch,)
     if grid[0]:

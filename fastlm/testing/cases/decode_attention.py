@@ -89,6 +89,14 @@ def _nan_past_the_length_int8(d):
     return inputs
 
 
+def _int8_small(d):
+    """Scales too small for a weight times one of them to be a half, and none but 0."""
+    inputs = with_int8(d, _make(d, 2, 2, 70, 16, (70, 37)))
+    inputs["v_scale"][0] *= 1e-5
+    inputs["k_scale"][1], inputs["v_scale"][1] = 0.0, 0.0
+    return inputs
+
+
 def _packed(d):
     qkv = d.normal(2, 3, 8, 16)  # [batch, queries, heads of q, k and v, dim], as one projection writes it
     caches = _make(d, 4, 3, 40, 16, (40, 11), kv_heads=2)
@@ -153,6 +161,7 @@ CASES = [
     Case("odd", _odd),
     Case("pieces", _case(2, 1, 1100, 64, (1100, 513), return_lse=True)),
     Case("pieces-odd", _case(2, 3, 1030, 20, (1030, 512), kv_heads=1, return_lse=True)),
+    Case("many-pieces", _case(1, 1, 2200, 256, (2200,), return_lse=True)),
     Case("one-key", _case(3, 1, 1, 20, (1, 1))),
     Case("gqa", _case(8, 1, 90, 32, (90, 64), kv_heads=2)),
     Case("mqa-queries", _case(7, 5, 90, 32, (90, 65), kv_heads=1)),
@@ -183,6 +192,7 @@ CASES = [
     Case("int8", _int8(4, 1, 90, 32, (90, 33), return_lse=True)),
     Case("int8-odd", _int8(3, 2, 37, 20, (37, 0, 18), dim_v=12, return_lse=True)),
     Case("int8-gqa", _int8(8, 3, 90, 32, (90, 33), kv_heads=2)),
+    Case("int8-small", _int8_small),
     Case("int8-strided", _strided_int8),
     Case("int8-paged", _int8(4, 1, 83, 32, (83, 0, 16), kv_heads=2, page=16)),
     Case("extreme", _extreme),

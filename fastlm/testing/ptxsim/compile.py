@@ -396,7 +396,7 @@ class _Block:
             address, values = self._address(i.operands[0]), self._vector(i.operands[1])
             self.lines.append(f"M.matrix.store({site}, {address}, {values}{given})")
             return True
-        if method == "load":
+        if method in ("load", "load_bytes"):
             arguments = self._address(i.operands[1])
         elif method == "mma":
             arguments = ", ".join(self._vector(o) for o in i.operands[1:4])

@@ -16,6 +16,7 @@ _MMA = re.compile(
     r"\.(?:f16|bf16|tf32|s8|u8)\.\3$"
 )
 _LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$")
+_LDMATRIX_B8 = re.compile(r"ldmatrix\.sync\.aligned\.m16n16\.x([12])\.trans\.shared(?:::cta)?\.b8$")
 _STMATRIX = re.compile(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$")
 _WGMMA = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(f32|f16|s32)\.(f16|bf16|tf32|s8|u8)\.(?:f16|bf16|tf32|s8|u8)$"
@@ -29,6 +30,8 @@ def form(opcode: str) -> tuple[str, dict] | None:
         return "mma", {"shape": shape, "kind": kind, "total": total, "satfinite": bool(satfinite)}
     if match := _LDMATRIX.match(opcode):
         return "load", {"count": int(match.group(1)), "trans": bool(match.group(2))}
+    if match := _LDMATRIX_B8.match(opcode):
+        return "load_bytes", {"count": int(match.group(1))}
     if match := _STMATRIX.match(opcode):
         return "store", {"count": int(match.group(1)), "trans": bool(match.group(2))}
     if match := _WGMMA.match(opcode):
@@ -62,19 +65,27 @@ class Matrix:
         return list(np.ascontiguousarray(d).view(np.uint32).reshape(d.shape[0], -1))
 
     def load(self, site, address, count, trans) -> list[np.ndarray]:
-        """ldmatrix: each matrix's rows are read by the lanes that hold their addresses, for others."""
+        """ldmatrix of 8 x 8 numbers of 16 bits."""
+        values = self._rows(site, address, count, 8).view(np.uint16)
+        registers = tensor_cores.ldmatrix_fragments(values, trans)
+        return list(registers.reshape(count, -1))
+
+    def load_bytes(self, site, address, count) -> list[np.ndarray]:
+        """ldmatrix of 16 x 16 bytes, transposed."""
+        registers = tensor_cores.ldmatrix_bytes(self._rows(site, address, count, 16).view(np.uint8))
+        return list(registers.reshape(2 * count, -1))
+
+    def _rows(self, site, address, count: int, height: int) -> np.ndarray:
+        """The matrices' rows, uint64 [W, count, height, 2]: read by the lanes that give them, for others."""
         machine = self._machine
         machine.together(site)
         lanes = machine.of_all(address).reshape(-1, 32)
-        rows = tensor_cores.ldmatrix_rows(lanes, count)
-        which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        rows = tensor_cores.ldmatrix_rows(lanes, count, height)
+        which = np.arange(machine.lanes.size).reshape(-1, 32)[:, : height * count].reshape(-1)
         words = machine.read_shared(site, rows.reshape(-1), 8, 2, which)
-        machine.hand_on(
-            site, rows.reshape(-1), 16, which & ~31 | which % 8 * 4
-        )  # row r: to lanes 4r to 4r + 3
-        values = np.ascontiguousarray(words).view(np.uint16).reshape(*rows.shape, 8)
-        registers = tensor_cores.ldmatrix_fragments(values, trans)
-        return list(registers.reshape(count, -1))
+        first = which % height * 32 // height  # row r of 8: to lanes 4 r to 4 r + 3
+        machine.hand_on(site, rows.reshape(-1), 16, which & ~31 | first)
+        return np.ascontiguousarray(words).reshape(*rows.shape, 2)
 
     def store(self, site, address, values, count, trans) -> None:
         """stmatrix: the same way back."""

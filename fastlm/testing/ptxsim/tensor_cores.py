@@ -161,12 +161,12 @@ def _accumulate(product, c, satfinite=False, keep=True):
         return total.astype(np.int64).astype(np.int32).reshape(shape)
 
 
-# ldmatrix, stmatrix (m8n8, b16)
+# ldmatrix, stmatrix (m8n8, b16), ldmatrix (m16n16, b8)
 
 
-def ldmatrix_rows(addresses: np.ndarray, count: int) -> np.ndarray:
-    """[W, 32] -> [W, count, 8]: lane 8 m + r holds the address of row r, 16 bytes, of matrix m."""
-    return addresses[:, : 8 * count].reshape(-1, count, 8)
+def ldmatrix_rows(addresses: np.ndarray, count: int, height: int = 8) -> np.ndarray:
+    """[W, 32] -> [W, count, height]: lane height m + r holds the address of row r, 16 bytes, of matrix m."""
+    return addresses[:, : height * count].reshape(-1, count, height)
 
 
 def ldmatrix_fragments(rows: np.ndarray, trans: bool) -> np.ndarray:
@@ -177,6 +177,16 @@ def ldmatrix_fragments(rows: np.ndarray, trans: bool) -> np.ndarray:
     warps, count = rows.shape[:2]
     matrices = np.ascontiguousarray(rows.swapaxes(2, 3) if trans else rows)
     return matrices.view(np.uint32).reshape(warps, count, 32).transpose(1, 0, 2)
+
+
+def ldmatrix_bytes(rows: np.ndarray) -> np.ndarray:
+    """The rows of 16 x 16 matrices, uint8 [W, count, 16, 16] -> registers, uint32 [2 count, W, 32], transposed.
+
+    Lane 4 g + t receives elements 4 t to 4 t + 3 of column g, and of column g + 8.
+    """
+    warps, count = rows.shape[:2]
+    columns = np.ascontiguousarray(rows.swapaxes(2, 3)).view(np.uint32)
+    return columns.reshape(warps, 2 * count, 32).transpose(1, 0, 2)
 
 
 def stmatrix_rows(words: np.ndarray, trans: bool) -> np.ndarray:

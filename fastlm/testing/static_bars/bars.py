@@ -38,21 +38,6 @@ EXCEPTIONS = [
         "a product by FMAs leaves a thread 2 columns",
     ),
     ("decode_attention d128 gqa int8 f32 *_120", "occupancy", "shared memory: 52 KB a block, 100 KB in all"),
-    ("attention_varlen d64 causal f32 _[fd]*_kernel sm_80", "spills", _ONCE),
-    ("attention_varlen d128 causal gqa f32 _*_kernel sm_80", "spills", _ONCE),
-    ("attention_varlen d64 causal bf16 _forward_kernel sm_100", "spills", _ONCE),
-    ("attention_varlen d64 causal bf16 _dq_kernel sm_120", "spills", "5 in the loop"),
-    ("attention_varlen d128 causal gqa bf16 _dkv_kernel sm_120", "spills", "10 in the loop"),
-    (
-        "attention_varlen d128 causal gqa f32 _dq_kernel sm_*",
-        "spills",
-        "85 among some thousand FMAs in the loop",
-    ),
-    (
-        "attention_varlen d128 causal gqa f32 _*_kernel sm_120",
-        "occupancy",
-        "shared memory: 52 or 68 KB a block",
-    ),
 ]
 
 

@@ -244,8 +244,10 @@ _CALLS = {
         ("d64 causal", _TWO, _attention(12, 64, causal=True)),
         ("d64", _ONE, _attention(12, 64)),
         ("d64 causal+dropout", _ONE, _attention(12, 64, causal=True, **_DROPOUT)),
-        ("d64+bias", _ONE, _attention(12, 64, bias=True)),
+        ("d64+bias", _TWO, _attention(12, 64, bias=True)),
         ("d64+mask", _ONE, _attention(12, 64, mask=True)),
+        ("d64+mask+bias+dropout", _ONE, _attention(12, 64, bias=True, mask=True, **_DROPOUT)),
+        ("d64 window+softcap", _ONE, _attention(12, 64, causal=True, window=(255, None), softcap=50.0)),
         ("d64 causal+alibi", _ONE, _attention(12, 64, causal=True, alibi=True)),
         ("d96 causal", _ONE, _attention(32, 96, causal=True)),
         ("d128 causal", _ALL, _attention(32, 128, causal=True)),
@@ -258,6 +260,7 @@ _CALLS = {
     ],
     "attention_varlen": [
         ("d64 causal", _TWO, _varlen(12, 64, causal=True)),
+        ("d64 causal+dropout", _ONE, _varlen(12, 64, causal=True, **_DROPOUT)),
         ("d128 causal gqa", _TWO, _varlen(32, 128, 8, causal=True)),
     ],
     "decode_attention": [
