@@ -41,7 +41,7 @@ def in_log2(x):
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh to 2 ulp: a polynomial, fitted on [0, 0.625], where 1 - 2 / (e^2x + 1) would cancel."""
     y = x * x
     p = -0.3333328068 + y * (0.1333138347 + y * (-0.0537354685 + y * (0.0206267275 - y * 0.0056924275)))
@@ -124,7 +124,7 @@ def scores_of(qk, i, j, nq, nk, factor, cap, shift, slope, bias, bias_q, bias_k,
         s = qk * factor
     bent = s
     if cap is not None:
-        bent = _tanh(s)
+        bent = tanh(s)
         s = bent * cap
     if slope is not None:
         s -= slope * tl.abs(i + shift - j).to(tl.float32)

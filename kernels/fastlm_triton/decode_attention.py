@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import _tanh
+from ._attention import tanh
 from ._config import Config, arch_of, cdiv, config_for, next_power_of_2
 from ._kv_cache import readable_rows, scale_strides, strides_in_units
 from ._launch import launch
@@ -145,7 +145,7 @@ def split_kernel(
             s *= tl.load(k_scale + number * ks_b + kv_head * ks_h + slot * ks_s, mask=present, other=0.0)
         s *= scale
         if softcap is not None:
-            s = softcap * _tanh(s)
+            s = softcap * tanh(s)
         if slopes is not None:
             s -= slope[:, None] * (own[:, None] - t).to(tl.float32)
 

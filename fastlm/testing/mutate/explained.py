@@ -19,6 +19,11 @@ _BAD_TARGET = (
     "No case can have a target that is no class: check() refuses it on CPU tensors. On the simulator"
     " tests/test_triton_bad_values.py has such targets, and catches this."
 )
+_BAD_PLACE = (
+    "No case can have a length or a page outside the cache: check() refuses it on CPU tensors. On the"
+    " simulator tests/test_triton_decode.py has such ones, and catches this."
+)
+_SAME_WAIT = "The copies join the next group, and every wait for them waits for that one as well."
 
 REASONS: list[Reason] = [
     Reason("add_partials", r"total = tl\.sum", _TO_WARP, _ONE_WARP),
@@ -52,6 +57,46 @@ REASONS: list[Reason] = [
         "Where they are equal both sides are: the step is exp(0) = 1.",
     ),
     Reason("row_losses|logits_gradient", "if z_loss > 0", "z_loss > 0", "Of a z_loss of 0 both sides add 0."),
+    Reason(
+        "row_losses",
+        "shift = ",
+        re.escape("tl.abs(picked) < float('inf')"),
+        "cross_entropy's cases have a target's logit of -inf, and catch this in the same kernel.",
+    ),
+    Reason(
+        "append_kernel",
+        "position = |number = ",
+        "tl.load",
+        "What lanes outside hold is not looked at: they store nothing.",
+    ),
+    Reason("append_kernel", "inside &= ", "position < capacity|number < pages", _BAD_PLACE),
+    Reason("split_kernel", r"number = tl\.where", "number < pages", _BAD_PLACE),
+    Reason(
+        "_append",
+        "usable = ",
+        "scale ",
+        "0 / 0 and x / inf become 0 as well: NaN converted to an integer is 0, and x / inf rounds to it.",
+    ),
+    Reason("split_kernel", ".*tl.load", r"cp\.async\.commit_group deleted", _SAME_WAIT),
+    Reason(
+        "split_kernel",
+        "if begin >= end",
+        "begin >= end",
+        "Of no keys a split writes a weight of 0, where the merge does not look.",
+    ),
+    Reason("split_kernel", r"number = tl\.where", "number >= 0", "Page 0 instead of page 0."),
+    Reason(
+        "merge_kernel",
+        r"part = tl\.load",
+        "cols < width",
+        "What is read beside a row, within the same buffer, is not stored.",
+    ),
+    Reason("tanh", "return", r"tl\.abs\(x\) < 0\.625", "At 0.625 both ways are as exact."),
+    Reason("tanh", "return", "x < 0 ", "0 takes the other way."),
+    Reason("matmul_kernel", r"return tl\.interleave", _TO_WARP, _ONE_WARP),
+    Reason(
+        "finish_in_parts", "if COLS", "COLS <= PART", "Two halves give what one part of that width gives."
+    ),
     Reason("sigmoid", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason("normal", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason(
