@@ -18,6 +18,7 @@ from ._matmul import dot_kind
 from ._philox import dropout_words
 
 _LOG2E = 1.4426950408889634
+LIGHT = ("", "alibi", "packed")  # Problem.options that need few registers
 _UNLIMITED = 1 << 30  # more keys than there are; with a row added it is still an int32
 
 SCALARS = (  # arguments whose values say nothing about how to compile

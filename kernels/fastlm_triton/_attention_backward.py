@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import (
+    LIGHT,
     SCALARS,
     Problem,
     has_100_kb,
@@ -37,21 +38,28 @@ from ._config import Config, config_for
 from ._launch import launch
 
 
+def _is_crowded(options: str) -> bool:
+    """Whether a score has so much beside it that small tiles spill."""
+    return "dropout" in options and ("mask" in options or "bias" in options)
+
+
 def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: str) -> Config:
     """Queries of a tile, and keys of a step; registers as ptxas counts them, none spilled.
 
     options: Problem.options.
     """
-    if dtype == torch.float32:  # 32 x 32 spill at 8 warps, and at 4
-        return Config((32, 16) if width <= 64 else (16, 16), 4, 2)
+    if dtype == torch.float32:
+        return Config((16, 16), 4, 2)  # 108 registers; 32 x 16 and 32 x 32 spill somewhere
     if width > 128 and has_100_kb(arch):
         return Config((32, 32), 4, 2)  # 168 registers, 68 KB
+    if width <= 64 and _is_crowded(options):
+        return Config((64, 32), 8, 2)  # 254 registers; 97 spills of 128 queries
     if queries <= 64:
         return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
     if width <= 64:
-        if arch == 90 or not options and not has_100_kb(arch):
-            return Config((128, 64), 8, 2)  # 205 registers; without wgmma 255 of a plain call
-        return Config((128, 32), 8, 2)  # of 64 keys up to 71 spills: 250 registers
+        if arch == 90 or options in LIGHT and not has_100_kb(arch):
+            return Config((128, 64), 8, 2)  # 205 registers on sm_90, else 255
+        return Config((128, 32), 8, 2)  # 250 registers; up to 71 spills of 64 keys
     if arch == 90:  # wgmma reads q and dout from shared memory, so registers are left: 178, 194
         return Config((128 if width <= 128 else 64, 64), 8, 2)
     return Config(
@@ -65,19 +73,24 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: st
     options: Problem.options.
     """
     if dtype == torch.float32:
-        return Config((32, 32), 4 if width <= 64 else 8, 2) if width <= 128 else Config((16, 16), 8, 2)
+        if 64 < width <= 128 and "packed" in options:
+            return Config((16, 16), 4, 2)  # 168 registers, where 32 x 32 spill a few
+        return Config((32, 32) if width <= 128 else (16, 16), 8, 2)  # with 4 warps 32 x 32 spill
     if width > 128:
-        return Config(
-            (32, 32 if has_100_kb(arch) else 64), 8, 2
-        )  # 161 registers, 66 KB; 246 registers, 100 KB
-    if keys <= 64:
-        return Config((32, 64), 4 if width <= 64 else 8, 2)  # short: half a tile of 128 would be idle
+        if has_100_kb(arch) or "softcap" in options:
+            return Config((32, 32), 8, 2)  # 161 and 178 registers, 66 KB
+        return Config((32, 64), 8, 2)  # 246 registers, 100 KB
+    if width <= 64 and _is_crowded(options):
+        return Config((32, 32), 4, 2)  # 246 registers
+    if keys <= 64:  # short: half a tile of 128 would be idle
+        few = width <= 64 and options not in LIGHT and has_100_kb(arch)  # where 32 queries spill 35
+        return Config((16 if few else 32, 64), 4 if width <= 64 else 8, 2)
     if width <= 64:
         if arch == 90:
             return Config((64, 128), 8, 2)  # 242 registers
-        if options not in ("", "packed"):
-            return Config((16, 128), 8, 2)  # of 32 queries up to 28 spills: 234 registers
-        return Config((32, 128), 8, 2)  # 216 registers; 64 queries: spilled
+        if "dropout" in options or "bias" in options and has_100_kb(arch):
+            return Config((16, 128), 8, 2)  # 234 registers; up to 28 spills of 32 queries
+        return Config((32, 128), 8, 2)  # 216 to 251 registers; 64 queries: spilled
     if arch == 90:
         return Config((32, 128), 8, 2)  # 222 registers
     if options and has_100_kb(arch):
@@ -85,14 +98,19 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: st
     return Config((64, 64), 8, 2)  # 169 registers
 
 
-def dbias_config(arch: int, dtype: torch.dtype, width: int) -> Config:
-    """Queries and keys of a tile; a step loads q, k, v and dout, so they are rarely loaded ahead."""
+def dbias_config(arch: int, dtype: torch.dtype, width: int, options: str) -> Config:
+    """Queries and keys of a tile; a step loads q, k, v and dout, so they are rarely loaded ahead.
+
+    options: Problem.options.
+    """
     if width > 128:
         return Config((32, 32) if dtype != torch.float32 else (16, 16), 4, 1)
     if dtype == torch.float32:
-        return Config((32, 32), 4, 1)
+        return Config((32, 32), 8, 1)  # 140 registers; 15 spills with 4 warps
     if width <= 64:
-        return Config((64, 32), 4, 2)  # 255 registers; of 64 keys 50 spills
+        return Config(
+            (64, 32), 8 if _is_crowded(options) else 4, 2
+        )  # 250, 255 registers; 50 spills of 64 keys
     return Config((64, 64), 8, 1)
 
 
@@ -463,7 +481,9 @@ def _lse_strides(dlse: Tensor) -> tuple[int, int, int]:
 
 def _dbias(problem: Problem, bias: Tensor, given: tuple, flags: dict) -> Tensor:
     """The gradient of bias, in its dtype: a part of each program, added by torch if there are several."""
-    (bm, bn), warps, stages = config_for(dbias_config, bias.device, problem.dtype, problem.width)
+    (bm, bn), warps, stages = config_for(
+        dbias_config, bias.device, problem.dtype, problem.width, problem.options
+    )
     tiles_q, tiles_k = -(-problem.queries // bm), -(-problem.keys // bn)
     kept_b, kept_h, rows, cols = bias.shape
     sum_q, sum_k = rows < problem.queries, cols < problem.keys

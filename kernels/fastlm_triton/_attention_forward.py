@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._attention import (
+    LIGHT,
     SCALARS,
     Problem,
     has_100_kb,
@@ -35,11 +36,13 @@ from ._launch import launch
 def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: str) -> Config:
     """Queries and keys of a tile; registers as ptxas counts them, none spilled. options: Problem.options."""
     if dtype == torch.float32:  # exact products unroll into multiply-adds: 12 s to compile 32 x 32 x 256
+        if width <= 64 and options == "packed":
+            return Config((32, 16), 4, 2)  # 96 registers, where 32 keys spill a few
         return Config((32, 32) if width <= 128 else (16, 16), 8, 2)  # with 4 warps 32 x 32 spill
     if queries <= 64:
         return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
     if width <= 64:
-        if options not in ("", "packed"):  # of 128 queries 20 to 170 spills: 241 registers, 168 on sm_90
+        if options not in LIGHT:  # of 128 queries 20 to 170 spills: 241 registers, 168 on sm_90
             return Config((64, 64), 4, 2)
         if options and arch == 100:
             return Config((128, 64), 8, 2)  # with 4 warps 16 spills

@@ -180,7 +180,7 @@ def ldmatrix_fragments(rows: np.ndarray, trans: bool) -> np.ndarray:
 
 
 def ldmatrix_bytes(rows: np.ndarray) -> np.ndarray:
-    """Rows of 16 x 16 matrices, uint8 [W, count, 16, 16] -> registers of the columns, uint32 [2 count, W, 32].
+    """Rows of 16 x 16 matrices, uint8 [W, count, 16, 16] -> registers, uint32 [2 count, W, 32], of columns.
 
     Lane 4 g + t receives elements 4 t to 4 t + 3 of column g, and of column g + 8.
     """

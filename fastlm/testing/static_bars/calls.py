@@ -247,6 +247,8 @@ _CALLS = {
         ("d64+bias", _TWO, _attention(12, 64, bias=True)),
         ("d64+mask", _ONE, _attention(12, 64, mask=True)),
         ("d64+mask+bias+dropout", _ONE, _attention(12, 64, bias=True, mask=True, **_DROPOUT)),
+        ("d64 64 tokens+dropout", _ONE, _attention(12, 64, seq=64, causal=True, **_DROPOUT)),
+        ("d64 64 tokens+bias", _ONE, _attention(12, 64, seq=64, bias=True)),
         ("d64 window+softcap", _ONE, _attention(12, 64, causal=True, window=(255, None), softcap=50.0)),
         ("d64 causal+alibi", _ONE, _attention(12, 64, causal=True, alibi=True)),
         ("d96 causal", _ONE, _attention(32, 96, causal=True)),
