@@ -51,6 +51,19 @@ def dot_kind(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b. In full float32 a tile's sum is taken alone first: a sum of short sums rounds less.
+
+    In one long sum a product over 1100 and attention's dk over 700 queries were 1.40 and 1.55 times as far
+    off as the 2x rule allows. A multiply-add of 1 keeps Triton from joining the two.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        product = tl.dot(a, b, input_precision=PRECISION)
+        return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def finish(
     product, row, first_col, tile_m, m, n, to, seed, threshold, scale, ACTIVATION: tl.constexpr,
     COLS: tl.constexpr,
@@ -135,7 +148,7 @@ def matmul_kernel(
         inside = step < left - done
         x = tl.load(a, (row < m)[:, None] & inside[None, :], 0.0)
         y = tl.load(b, inside[:, None] & (col < n)[None, :], 0.0)
-        product = tl.dot(x, y, product, input_precision=PRECISION)
+        product = add_product(product, x, y, PRECISION)
         a += BLOCK_K * tl.cast(a_col, tl.int64)
         b += BLOCK_K * tl.cast(b_row, tl.int64)
     if out is not None:
