@@ -47,7 +47,7 @@ CASES = [
     Case("transposed", lambda d: {"x": d.normal(5, 4, 40).transpose(0, 1)} | layer(d, 40, 64, 24)),
     Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40)} | layer(d, 40, 64, 24)),
     Case("strided-weights", _strided_weights),
-    Case("wide", lambda d: {"x": d.normal(65, 96), "dropout_p": 0.1, "seed": -6} | layer(d, 96, 1100, 96)),
+    Case("wide", lambda d: {"x": d.normal(20, 40), "dropout_p": 0.1, "seed": -6} | layer(d, 40, 1100, 40)),
     Case("deep", lambda d: {"x": d.normal(20, 210)} | layer(d, 210, 210, 210)),  # sums over several tiles
     Case("deep-few", lambda d: {"x": d.normal(5, 290)} | layer(d, 290, 290, 290)),
     Case("many-rows", lambda d: {"x": d.normal(210, 8)} | layer(d, 8, 24, 8)),
