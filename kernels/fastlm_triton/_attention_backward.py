@@ -78,13 +78,17 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: st
             return Config((16, 16), 4, 2)  # 168 registers, where 32 x 32 spill a few
         return Config((32, 32) if width <= 128 else (16, 16), 8, 2)  # with 4 warps 32 x 32 spill
     if width > 128:
-        if has_100_kb(arch) or "softcap" in options:
-            return Config((32, 32), 8, 2)  # 161 and 178 registers, 66 KB
+        if has_100_kb(arch):
+            return Config((32, 32), 8, 2)  # 161 registers, 66 KB
+        if arch == 90 and "softcap" in options:
+            return Config((16, 64), 8, 2)  # 255 registers, where 32 queries spill 2
         return Config((32, 64), 8, 2)  # 246 registers, 100 KB
     if width <= 64 and _is_crowded(options):
-        return Config((32, 32), 4, 2)  # 246 registers
+        if arch in (90, 100):  # their matrix units take 64 rows or more
+            return Config((64, 64), 8, 2)  # 246 registers
+        return Config((32, 32), 4, 2)  # 242 registers
     if keys <= 64:  # short: half a tile of 128 would be idle
-        few = width <= 64 and options not in LIGHT and has_100_kb(arch)  # where 32 queries spill 35
+        few = width <= 64 and options not in LIGHT and arch not in (80, 90)  # 5 to 35 spills of 32 queries
         return Config((16 if few else 32, 64), 4 if width <= 64 else 8, 2)
     if width <= 64:
         if arch == 90:

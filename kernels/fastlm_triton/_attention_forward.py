@@ -39,8 +39,9 @@ def forward_config(arch: int, dtype: torch.dtype, width: int, queries: int, opti
         if width <= 64 and options == "packed":
             return Config((32, 16), 4, 2)  # 96 registers, where 32 keys spill a few
         return Config((32, 32) if width <= 128 else (16, 16), 8, 2)  # with 4 warps 32 x 32 spill
-    if queries <= 64:
-        return Config((64, 32), 4 if width <= 128 else 8, 2)  # short: half a tile of 128 would be idle
+    if queries <= 64:  # short: half a tile of 128 would be idle
+        narrow = width <= 128 and (arch != 100 or options in LIGHT)  # else 4 warps spill
+        return Config((64, 32), 4 if narrow else 8, 2)
     if width <= 64:
         if options not in LIGHT:  # of 128 queries 20 to 170 spills: 241 registers, 168 on sm_90
             return Config((64, 64), 4, 2)

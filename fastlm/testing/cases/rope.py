@@ -44,11 +44,11 @@ CASES = [
     Case("tables-slice", lambda d: _rotated(d, 1, 2, 6, 16) | {"sin": d.slice_of((6, 40), 3, 16)}),
     Case("packed", _packed),
     # more heads than 512: a program of the Triton kernel turns two of them, the last program one
-    Case("many-heads", lambda d: _rotated(d, 1, 515, 3, 16), dtypes=(torch.float16,)),
+    Case("many-heads", lambda d: _rotated(d, 1, 515, 3, 16), dtypes=(torch.float16, torch.bfloat16)),
     Case(
         "many-heads-interleaved",
         lambda d: _rotated(d, 1, 515, 3, 22) | {"interleaved": True},
-        dtypes=(torch.float32,),
+        dtypes=(torch.float32, torch.bfloat16),
     ),
     Case("long", lambda d: {"x": d.normal(2, 150, 5, 16).transpose(1, 2)} | tables(d, 150, 16)),
     Case(

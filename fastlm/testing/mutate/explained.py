@@ -77,7 +77,7 @@ REASONS: list[Reason] = [
         "scale ",
         "0 / 0 and x / inf become 0 as well: NaN converted to an integer is 0, and x / inf rounds to it.",
     ),
-    Reason("split_kernel", ".*tl.load", r"cp\.async\.commit_group deleted", _SAME_WAIT),
+    Reason("split_kernel|norm_backward", ".*tl.load", r"cp\.async\.commit_group deleted", _SAME_WAIT),
     Reason(
         "split_kernel",
         "if begin >= end",
