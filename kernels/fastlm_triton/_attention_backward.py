@@ -49,10 +49,11 @@ def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: 
 
     options: Problem.options.
     """
+    alone = width > 128 and has_100_kb(arch)  # 66 KB: one program at a time, which has to have the warps
     if dtype == torch.float32:
-        return Config((16, 16), 4, 2)  # 108 registers; 32 x 16 and 32 x 32 spill somewhere
-    if width > 128 and has_100_kb(arch):
-        return Config((32, 32), 4, 2)  # 168 registers, 68 KB
+        return Config((16, 16), 8 if alone else 4, 2)  # 109 registers; 32 x 16 and 32 x 32 spill somewhere
+    if alone:
+        return Config((32, 32), 8, 2)  # 142 registers
     if width <= 64 and _is_crowded(options):
         return Config((64, 32), 8, 2)  # 254 registers; 97 spills of 128 queries
     if queries <= 64:

