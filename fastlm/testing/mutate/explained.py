@@ -38,6 +38,12 @@ REASONS: list[Reason] = [
     ),
     Reason("rotate_rows", r"a, b = tl\.split|tl\.store\(y \+ both", _TO_WARP, _ONE_WARP),
     Reason(
+        "rotate_rows",
+        r"a, b = tl\.split|tl\.store\(y \+ both",
+        r"bar\.sync 0 deleted",
+        "One exchange undoes the other: a thread writes where it alone has read.",
+    ),
+    Reason(
         "norm_backward|norm_parameter_gradients",
         r".*tl\.load\(mean_in",
         "row < rows",
