@@ -49,6 +49,7 @@ CASES = [
     Case("expanded", lambda d: {"x": d.normal(1, 40).expand(6, 40)} | layer(d, 40, 64, 24)),
     Case("strided-weights", _strided_weights),
     Case("wide", lambda d: {"x": d.normal(20, 40), "dropout_p": 0.1, "seed": -6} | layer(d, 40, 1100, 40)),
+    Case("long-sum", lambda d: {"x": d.normal(4, 16)} | layer(d, 16, 2100, 16), (torch.float32,)),
     Case("deep", lambda d: {"x": d.normal(20, 208)} | layer(d, 208, 208, 208), _HALVES),
     Case("deep-few", lambda d: {"x": d.normal(5, 288)} | layer(d, 288, 288, 288), _HALVES),
     Case("many-rows", lambda d: {"x": d.normal(208, 16)} | layer(d, 16, 48, 16), _HALVES),
