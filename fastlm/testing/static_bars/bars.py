@@ -26,7 +26,6 @@ EXCEPTIONS = [
     ("cross_entropy 50257 *", "wide loads", _EVEN),
     ("cross_entropy 50257 *", "wide stores", _EVEN),
     ("cross_entropy * bf16 row_losses sm_100", "spills", _ONCE),
-    ("feed_forward 8192 * f32 matmul_kernel [56] sm_100", "spills", _ONCE),
     (
         "decode_attention * merge_kernel sm_*",
         "wide stores",
