@@ -52,6 +52,7 @@ CASES = [
     Case("long-sum", lambda d: {"x": d.normal(4, 16)} | layer(d, 16, 2100, 16), (torch.float32,)),
     Case("deep", lambda d: {"x": d.normal(20, 208)} | layer(d, 208, 208, 208), _HALVES),
     Case("deep-few", lambda d: {"x": d.normal(5, 288)} | layer(d, 288, 288, 288), _HALVES),
+    Case("deep-mixed", lambda d: {"x": d.normal(20, 208)} | layer(d, 208, 210, 208), _HALVES),
     Case("many-rows", lambda d: {"x": d.normal(208, 16)} | layer(d, 16, 48, 16), _HALVES),
     Case("empty", lambda d: {"x": d.normal(0, 16), "dropout_p": 0.3, "seed": 8} | layer(d, 16, 32, 16)),
     Case("no-inputs", lambda d: {"x": d.normal(3, 0)} | layer(d, 0, 32, 16)),

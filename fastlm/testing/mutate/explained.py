@@ -83,7 +83,12 @@ REASONS: list[Reason] = [
         "scale ",
         "0 / 0 and x / inf become 0 as well: NaN converted to an integer is 0, and x / inf rounds to it.",
     ),
-    Reason("split_kernel|norm_backward", ".*tl.load", r"cp\.async\.commit_group deleted", _SAME_WAIT),
+    Reason(
+        "split_kernel|norm_backward|_(forward|dq|dkv|dbias)_kernel",
+        ".*tl.load",
+        r"cp\.async\.commit_group deleted",
+        _SAME_WAIT,
+    ),
     Reason(
         "split_kernel",
         "if begin >= end",
@@ -99,7 +104,25 @@ REASONS: list[Reason] = [
     ),
     Reason("tanh", "return", r"tl\.abs\(x\) < 0\.625", "At 0.625 both ways are as exact."),
     Reason("tanh", "return", "x < 0 ", "0 takes the other way."),
-    Reason("matmul_kernel", r"return tl\.interleave", _TO_WARP, _ONE_WARP),
+    Reason("matmul_kernel", r"return tl\.interleave|left, right = |value, product = ", _TO_WARP, _ONE_WARP),
+    Reason(
+        "matmul_kernel",
+        r".*tl\.load",
+        r"cp\.async\.wait_group 4 ",
+        "Triton waits for the same copies twice, and for a step's second half once more: one wait suffices.",
+    ),
+    Reason(
+        "matmul_kernel",
+        r".*tl\.load",
+        r"bar\.sync 0 ",
+        "One of two for a step, or before the first step: no access lies between it and another one.",
+    ),
+    Reason(
+        "matmul_kernel",
+        "inside = ",
+        r"cp\.async\.wait_group 0 -> ",
+        "Of the groups after the last step the newest is empty.",
+    ),
     Reason(
         "finish_in_parts", "if COLS", "COLS <= PART", "Two halves give what one part of that width gives."
     ),
