@@ -23,6 +23,7 @@ _BAD_PLACE = (
     "No case can have a length or a page outside the cache: check() refuses it on CPU tensors. On the"
     " simulator tests/test_triton_decode.py has such ones, and catches this."
 )
+_SECOND = "One of two for a step, or before the first one: no access lies between it and another barrier."
 _SAME_WAIT = "The copies join the next group, and every wait for them waits for that one as well."
 
 REASONS: list[Reason] = [
@@ -115,7 +116,7 @@ REASONS: list[Reason] = [
         "matmul_kernel",
         r".*tl\.load",
         r"bar\.sync 0 ",
-        "One of two for a step, or before the first step: no access lies between it and another one.",
+        _SECOND,
     ),
     Reason(
         "matmul_kernel",
@@ -125,6 +126,31 @@ REASONS: list[Reason] = [
     ),
     Reason(
         "finish_in_parts", "if COLS", "COLS <= PART", "Two halves give what one part of that width gives."
+    ),
+    Reason("_d(q|kv|bias)_kernel|_forward_kernel", ".*", _TO_WARP, _ONE_WARP),
+    Reason(
+        "_d(q|kv)_kernel|_forward_kernel",
+        r"for (j0|step) in tl\.range",
+        r"cp\.async\.wait_group 0|bar\.sync 0 deleted",
+        "After the last step: copies that are still under way are not read, and their memory is not used again.",
+    ),
+    Reason(
+        "_d(q|kv)_kernel|_forward_kernel",
+        ".*",
+        r"wgmma\.fence|fence\.proxy",
+        "Another fence stands before this product, and nothing that this one orders lies between them.",
+    ),
+    Reason(
+        "_d(q|kv)_kernel|_forward_kernel",
+        r".*tl\.load",
+        r"bar\.sync 0 deleted",
+        _SECOND,
+    ),
+    Reason(
+        "_dbias_kernel",
+        ".*",
+        r"bar\.sync 0 deleted",
+        "No case has a program sum two heads: tests/test_triton_bias_gradient.py does, and catches this.",
     ),
     Reason("sigmoid", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason("normal", "return", "z < 0", "Of 0 both sides are 1/2."),
