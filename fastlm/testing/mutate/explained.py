@@ -105,7 +105,7 @@ REASONS: list[Reason] = [
     ),
     Reason("tanh", "return", r"tl\.abs\(x\) < 0\.625", "At 0.625 both ways are as exact."),
     Reason("tanh", "return", "x < 0 ", "0 takes the other way."),
-    Reason("matmul_kernel", r"return tl\.interleave|left, right = |value, product = ", _TO_WARP, _ONE_WARP),
+    Reason("matmul_kernel", r"return tl\.interleave|left, right = |value, product = |product \*= ", _TO_WARP, _ONE_WARP),
     Reason(
         "matmul_kernel",
         r".*tl\.load",
@@ -130,15 +130,15 @@ REASONS: list[Reason] = [
     Reason("_d(q|kv|bias)_kernel|_forward_kernel", ".*", _TO_WARP, _ONE_WARP),
     Reason(
         "_d(q|kv)_kernel|_forward_kernel",
-        r"for (j0|step) in tl\.range",
+        r"for (j0|step) in tl\.range|j = j0",
         r"cp\.async\.wait_group 0|bar\.sync 0 deleted",
-        "After the last step: copies that are still under way are not read, and their memory is not used again.",
+        "After a loop: copies still under way are not read, and their memory waits for another barrier.",
     ),
     Reason(
         "_d(q|kv)_kernel|_forward_kernel",
         ".*",
-        r"wgmma\.fence|fence\.proxy",
-        "Another fence stands before this product, and nothing that this one orders lies between them.",
+        r"wgmma\.(fence|commit_group|wait_group)|fence\.proxy",
+        "Another one stands beside it, and nothing that this one orders lies between them.",
     ),
     Reason(
         "_d(q|kv)_kernel|_forward_kernel",
