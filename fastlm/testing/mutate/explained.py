@@ -105,7 +105,12 @@ REASONS: list[Reason] = [
     ),
     Reason("tanh", "return", r"tl\.abs\(x\) < 0\.625", "At 0.625 both ways are as exact."),
     Reason("tanh", "return", "x < 0 ", "0 takes the other way."),
-    Reason("matmul_kernel", r"return tl\.interleave|left, right = |value, product = |product \*= ", _TO_WARP, _ONE_WARP),
+    Reason(
+        "matmul_kernel",
+        r"return tl\.interleave|left, right = |value, product = |product \*= ",
+        _TO_WARP,
+        _ONE_WARP,
+    ),
     Reason(
         "matmul_kernel",
         r".*tl\.load",
