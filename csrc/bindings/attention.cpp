@@ -40,6 +40,9 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
   const Tensor dv = heads_output(v.sizes(), v, needs[2]);
   const bool wanted = needs[3] && given(bias);
   const Tensor dbias = wanted ? at::zeros(bias->sizes(), lse.options()) : Tensor();
+  // One sum of over 200 heads is further off than the 2x rule allows.
+  const bool many = wanted && q.size(0) * q.size(1) > 32 * bias->size(0) * bias->size(1);
+  const Tensor lost = many ? at::zeros(bias->sizes(), lse.options()) : Tensor();
   const Tensor gradient = given(dout) ? readable(*dout) : Tensor(),
                dsums = given(dlse) ? dlse->contiguous() : Tensor();
   AttentionBackward f = {.in = inputs.in,
@@ -49,6 +52,7 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
                          .dk = data_or_null(dk),
                          .dv = data_or_null(dv),
                          .dbias = wanted ? floats_or_null(dbias) : nullptr,
+                         .dbias_lost = many ? floats_or_null(lost) : nullptr,
                          .dbias_strides = {}};
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);

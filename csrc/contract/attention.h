@@ -62,6 +62,7 @@ struct AttentionBackward {
   const float* dlse;  // [batch, heads, queries], contiguous; may be null
   void *dq, *dk, *dv;
   float* dbias;              // zeros in bias's shape, contiguous
+  float* dbias_lost;         // null, or likewise: what the sums of many heads have rounded away
   int64_t dbias_strides[4];  // 0 where bias is broadcast: its gradient is summed there
 };
 void attention_backward(const Context& context, const AttentionBackward& a);

@@ -103,26 +103,48 @@ struct Head {
   const Band& band;
   int64_t batch, head, base;
   const float* dlse;  // [queries] or null
-  float *dbias, *dk, *dv;
+  float *dbias, *dbias_lost, *dk, *dv;
+};
+
+// Sums, and what they have rounded away so far, which may be null.
+struct Sums {
+  float *to, *lost;
+
+  Sums from(int64_t at) const { return {to + at, lost ? lost + at : nullptr}; }
 };
 
 // Where query i's ds goes, from column `col` on. A sum over queries is taken in short sums, in t.dbias.
-float* dbias_row(const Head& h, Tiles& t, int64_t i, int64_t col) {
+Sums dbias_row(const Head& h, Tiles& t, int64_t i, int64_t col) {
   const int64_t row = h.f.dbias_strides[2], stride = h.f.dbias_strides[3];
-  return row == 0 ? t.dbias + col * stride : h.dbias + i * row + (h.base + col) * stride;
+  if (row == 0) return {t.dbias + col * stride, nullptr};
+  return Sums{h.dbias, h.dbias_lost}.from(i * row + (h.base + col) * stride);
+}
+
+// to += x, as if in twice the precision. Source: Kahan, "Further remarks on reducing truncation errors".
+inline void add_exactly(float& to, float& lost, float x) {
+  const float y = x - lost, sum = to + y;
+  lost = (sum - to) - y;
+  to = sum;
 }
 
 // Adds ds to dbias: key by key, or its sum if the stride is 0.
-void add_dbias(float* to, int64_t stride, int64_t n, const float* ds) {
-  if (stride == 1) {
+void add_dbias(Sums sums, int64_t stride, int64_t n, const float* ds) {
+  float sum = 0, *to = sums.to, *lost = sums.lost;
+  if (stride == 1 && lost) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) add_exactly(to[c], lost[c], ds[c]);
+  } else if (stride == 1) {
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) to[c] += ds[c];
-    return;
-  }
-  float sum = 0;
+  } else {
 #pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < n; ++c) sum += ds[c];
-  *to += sum;
+    for (int64_t c = 0; c < n; ++c) sum += ds[c];
+    if (lost) {
+      add_exactly(*to, *lost, sum);
+    } else {
+      *to += sum;
+    }
+  }
 }
 
 // Over whole vectors of columns s becomes p (dropped) and dp becomes ds, given s and the scales that dropout
@@ -273,7 +295,7 @@ void query_rows(const Head& h, Tiles& t, Range rows) {
   if (sums) {
     const int64_t stride = h.f.dbias_strides[3], n = stride == 0 ? 1 : all.end - all.begin,
                   col = all.begin * stride;
-    add_dbias(h.dbias + h.base * stride + col, 1, n, t.dbias + col);
+    add_dbias(Sums{h.dbias, h.dbias_lost}.from(h.base * stride + col), 1, n, t.dbias + col);
   }
 }
 
@@ -348,9 +370,10 @@ void backward_chunk(const AttentionBackward& f, int64_t batch, int64_t kv_head, 
   std::fill(part.dk, part.dk + floats, 0.0f);
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const Scores scores(a, batch, head);
-    float* dbias = f.dbias ? f.dbias + batch * f.dbias_strides[0] + head * f.dbias_strides[1] : nullptr;
+    const int64_t at = batch * f.dbias_strides[0] + head * f.dbias_strides[1];
+    float *dbias = f.dbias ? f.dbias + at : nullptr, *lost = f.dbias_lost ? f.dbias_lost + at : nullptr;
     const float* dlse = f.dlse ? f.dlse + first_statistic(a, batch, head) : nullptr;
-    const Head h = {f, scores, band, batch, head, part.keys.begin, dlse, dbias, part.dk, part.dv};
+    const Head h = {f, scores, band, batch, head, part.keys.begin, dlse, dbias, lost, part.dk, part.dv};
     for (int64_t i = queries.begin; i < queries.end; i += kRows) {
       query_rows(h, t, {i, std::min(queries.end, i + kRows)});
     }
