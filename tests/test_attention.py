@@ -230,7 +230,7 @@ def test_rows_with_nothing_to_attend_to_hold_no_nan_even_inside_autograd(backend
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 5), (3, 1), (1, 1)], ids=str)
 def test_the_gradient_of_a_bias_of_800_heads_is_as_right_as_of_one(shape):
-    """Cases have few heads, as a simulated GPU runs them too. One sum of 800 was 1.5 times what is allowed."""
+    """Cases have few heads, as a simulated GPU runs them too. One sum was 1.5 times what is allowed."""
     draws = [
         qkv(Draw(seed, torch.float32), 20, 40, 3, 5, 8)
         | {"bias": Draw(seed, torch.float32).normal(1, 1, *shape)}
