@@ -135,12 +135,12 @@ REASONS: list[Reason] = [
     Reason("_d(q|kv|bias)_kernel|_forward_kernel", ".*", _TO_WARP, _ONE_WARP),
     Reason(
         "_d(q|kv)_kernel|_forward_kernel",
-        r"for (j0|step) in tl\.range|j = j0",
+        r"for (j0|step) in tl\.range|j = j0|h, i0 = ",
         r"cp\.async\.wait_group 0|bar\.sync 0 deleted",
         "After a loop: copies still under way are not read, and their memory waits for another barrier.",
     ),
     Reason(
-        "_d(q|kv)_kernel|_forward_kernel",
+        "_d(q|kv|bias)_kernel|_forward_kernel",
         ".*",
         r"wgmma\.(fence|commit_group|wait_group)|fence\.proxy",
         "Another one stands beside it, and nothing that this one orders lies between them.",
@@ -157,6 +157,13 @@ REASONS: list[Reason] = [
         r"bar\.sync 0 deleted",
         "No case has a program sum two heads: tests/test_triton_bias_gradient.py does, and catches this.",
     ),
+    Reason(
+        "_dq_kernel|_forward_kernel",
+        r"if tile \* BM >= nq",
+        ">=|tile",
+        "A tile that begins where its sequence ends has no rows: it stores nothing.",
+    ),
+    Reason("_dq_kernel", r"base = in_log2\(tl\.load", "tl.load", "Rows outside are not stored."),
     Reason("sigmoid", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason("normal", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason(
