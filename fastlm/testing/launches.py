@@ -8,12 +8,10 @@ configurations, and makes outputs and scratch memory; and its twin: the same sch
 that makes the outputs and does nothing else.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 from unittest import mock
@@ -25,7 +23,7 @@ from .._op import OPS, _as_tuple
 from .._triton import simulated
 from ..bench.clock import CpuClock
 from .cases import Draw, cases_of
-from .pages import replace_block
+from .pages import table_command
 from .ptxsim.driver import Driver, driven_by, to_ptx
 
 ROUNDS, CALLS = 15, 500
@@ -140,16 +138,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m fastlm.testing.launches")
-    parser.add_argument("--docs", type=Path, help="a page between whose markers the table goes")
-    given = parser.parse_args()
-    found = table()
-    print(found)
-    if given.docs:
-        replace_block(given.docs, "launches", found)
-
-
 if __name__ == "__main__":
-    main()
+    table_command("launches", "launches", table)

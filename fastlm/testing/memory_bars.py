@@ -7,8 +7,6 @@ below a sixteenth of the largest (a weight, statistics) is counted once however 
 the L2 cache. Sectors and wavefronts: ptxsim/profile.py.
 """
 
-import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,7 +18,7 @@ from .._explain import raw_arguments
 from .._op import OPS, _as_tuple
 from . import ptxsim
 from .memory_workloads import WORKLOADS, Workload
-from .pages import replace_block
+from .pages import table_command
 from .ptxsim.profile import SECTOR, Profile, Traffic
 
 _SMALL = 16  # a tensor this much smaller than the largest stays in the L2 cache
@@ -193,16 +191,5 @@ def table(arch: str = "sm_80") -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m fastlm.testing.memory_bars")
-    parser.add_argument("--docs", type=Path, help="a page between whose markers the table goes")
-    given = parser.parse_args()
-    found = table()
-    print(found)
-    if given.docs:
-        replace_block(given.docs, "memory", found)
-
-
 if __name__ == "__main__":
-    main()
+    table_command("memory_bars", "memory", table)

@@ -236,12 +236,7 @@ def _layout(
     packed, unit = longest is not None, _unit_of(views, dtype.itemsize)
     of_heads = [tuple(n // unit for n in _head_strides(v)) for v in views]
     (shape_q, _), (shape_k, _), (shape_v, _), _ = views
-    heads, kv_heads, dim, dim_v = (
-        shape_q[-2 if packed else 1],
-        shape_k[-2 if packed else 1],
-        shape_q[-1],
-        shape_v[-1],
-    )
+    heads, kv_heads, dim, dim_v = shape_q[1], shape_k[1], shape_q[-1], shape_v[-1]
     tokens = (shape_q[0], shape_k[0]) if packed else (shape_q[2], shape_k[2])
     queries, keys = longest or tokens
     capped, (mask, bias, slopes) = softcap > 0, beside
@@ -249,11 +244,7 @@ def _layout(
     broadcast = (*_broadcast_strides(mask, 4), *_broadcast_strides(bias, 4), *_broadcast_strides(slopes, 2))
     sizes = (heads, heads // kv_heads, batch, queries, keys, *tokens, dim // unit, dim_v // unit)
     band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
-    scales = (
-        scale / softcap if capped else scale * _LOG2E,
-        softcap * _LOG2E if capped else None,
-        scale,
-    )
+    factor, cap = (scale / softcap, softcap * _LOG2E) if capped else (scale * _LOG2E, None)
     dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32
     block_d, block_v = _padded(dim), _padded(dim_v)
     half = dtype != torch.float32
@@ -268,7 +259,18 @@ def _layout(
     present = {"mask": mask, "bias": bias, "alibi": slopes}
     options = [name for name, view in present.items() if view is not None]
     options += ["softcap"] * capped + ["dropout"] * (dropout_p > 0) + ["packed"] * packed
-    numbers = (*of_heads[0], *of_heads[1], *of_heads[2], *broadcast, *sizes, *band, *scales, *dropout)
+    numbers = (
+        *of_heads[0],
+        *of_heads[1],
+        *of_heads[2],
+        *broadcast,
+        *sizes,
+        *band,
+        factor,
+        cap,
+        scale,
+        *dropout,
+    )
     cut_by = (batch, heads, kv_heads, queries, keys, dtype, max(block_d, block_v), " ".join(options))
     return numbers, flags, of_heads[3], *cut_by
 

@@ -10,7 +10,7 @@ def readable_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
-def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+def strides_in_units(*tensors: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """(unit, the first three strides of each in units of it).
 
     unit: what divides all strides and widths, the elements of 16 bytes of the narrowest; or 1.
@@ -21,11 +21,11 @@ def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _in_units(itemsize: int, *sizes: tuple[int, int, int, int]) -> tuple[int, list[int]]:
+def _in_units(itemsize: int, *sizes: tuple[int, int, int, int]) -> tuple[int, tuple[int, ...]]:
     unit = 16 // itemsize
     if any(n % unit for each in sizes for n in each):
         unit = 1
-    return unit, [n // unit for *strides, _ in sizes for n in strides]
+    return unit, tuple(n // unit for *strides, _ in sizes for n in strides)
 
 
 def scale_strides(scale: torch.Tensor | None) -> tuple[int, ...]:
