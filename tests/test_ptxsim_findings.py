@@ -31,7 +31,7 @@ add.s64 %rd5, %rd2, %rd3;    // &y[tid]
 """
 
 
-def execute(body, threads=64, shared=256, n=64, profile=None):
+def execute(body, threads=64, shared=256, n=64, profile=None, order=None):
     """y after the kernel, with x = 0, 1, ..., 63 and y = -1."""
     x, y = torch.arange(64, dtype=torch.int32), torch.full((64,), -1, dtype=torch.int32)
     run(
@@ -42,6 +42,7 @@ def execute(body, threads=64, shared=256, n=64, profile=None):
         shared,
         None,
         profile,
+        order,
     )
     return y
 

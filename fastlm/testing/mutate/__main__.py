@@ -59,7 +59,7 @@ def main(
         write_json(json, found)
     if docs is not None:
         replace_block(docs, "mutate", markdown(found))
-    mutants, caught, unexplained = totals(found)
+    mutants, caught, unexplained, _ = totals(found)
     raise typer.Exit(0 if caught >= GOAL * mutants and not unexplained else 1)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import triton
 
 from . import ptx, source
-from .points import Invalid, Launch, Point, points_of
+from .points import ALIKE, Invalid, Launch, Point, points_of
 from .state import State
 
 KINDS = ("ptx", "source")
 CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
+EQUIVALENT = (SAME, ALIKE)  # no change of what the kernel does: not counted as mutants
 
 
 class Job:
@@ -68,7 +69,7 @@ class Job:
                 facts |= {"where": site.source, "line": group.line(site.source)}
                 keys.add(key)
                 if not self._known(key, facts, scope):
-                    self._try(key, facts, scope, lambda p, a=at, c=change: p.wrong(group.rewrite(a, c)))
+                    self._try(key, facts, scope, lambda p, a=at, c=change: p.rewritten(group.rewrite(a, c)))
         return keys
 
     # Source
@@ -101,7 +102,7 @@ class Job:
         known = self.state.records.get(key)
         if known is None:
             return False
-        open_ = known["verdict"] in (SURVIVED, SAME)
+        open_ = known["verdict"] in (SURVIVED, *EQUIVALENT)
         if open_ and (known["points"] != _names(scope) or self.again):
             return False
         self.state.add(key, known | facts)
@@ -123,10 +124,12 @@ class Job:
                 found = wrong(point)
             except Invalid as error:
                 return INVALID, str(error)[-200:]
-            if found is not None and found != SAME:
+            if found in EQUIVALENT:
+                verdict = verdict if verdict == SURVIVED else found
+            elif found is not None:
                 self._catchers = [point, *(p for p in self._catchers if p is not point)]
                 return CAUGHT, f"{point.name}: {found[:200]}"
-            if found is None:
+            else:
                 verdict = SURVIVED
         return verdict, ""
 

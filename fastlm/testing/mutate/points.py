@@ -15,7 +15,10 @@ from ... import ops
 from .. import ptxsim
 from ..cases import SEEDS, Case, Draw, cases_of
 from ..compare import verdicts
+from ..ptxsim.order import Order
 from . import ptx
+
+ALIKE = "ordered alike"
 
 
 class Launch(NamedTuple):
@@ -33,7 +36,8 @@ class Invalid(Exception):
 class Point:
     """One case of an op in one dtype.
 
-    launches: what it launched unchanged. seconds: what it then took. draws: of the case's inputs.
+    launches: what it launched unchanged. seconds: what it then took; order: digest of what ordered their
+    accesses. draws: of the case's inputs.
     """
 
     def __init__(self, op: str, case: Case, dtype: torch.dtype, arch: str):
@@ -41,7 +45,7 @@ class Point:
         self.name = f"{case.name}-{str(dtype).removeprefix('torch.')}"
         self.case, self.draws = case, [case.inputs(Draw(SEEDS[0], dtype))]
         self.launches: list[Launch] = []
-        self.seconds = 0.0
+        self.seconds, self.order = 0.0, ""
 
     def refused(self) -> bool:
         """Whether the op refuses it: then the test asserts only that it does."""
@@ -56,7 +60,7 @@ class Point:
             wrong = self.wrong()
         if wrong is None:
             start = time.perf_counter()
-            self.launches, _ = self._run(None)
+            self.launches, _, self.order = self._run(None)
             self.seconds = time.perf_counter() - start
         return wrong
 
@@ -64,28 +68,33 @@ class Point:
         """None if the tests' judgement is that all is right, else what is wrong. Raises: Invalid."""
         return self._run(rewrite)[1]
 
+    def rewritten(self, rewrite) -> str | None:
+        """As wrong(), and ALIKE where nothing is: the change leaves what orders the accesses as it was."""
+        _, wrong, order = self._run(rewrite)
+        return ALIKE if wrong is None and order == self.order else wrong
+
     def ran(self) -> tuple[list[Launch], str | None]:
         """(launches, what is wrong)."""
-        return self._run(None)
+        return self._run(None)[:2]
 
-    def _run(self, rewrite) -> tuple[list[Launch], str | None]:
-        launches: list[Launch] = []
+    def _run(self, rewrite) -> tuple[list[Launch], str | None, str]:
+        launches, order = [], Order()
 
         def seen(kernel: str, binary: bytes) -> bytes:
             launches.append(Launch(kernel, ptx.digest(binary), binary))
             return binary if rewrite is None else rewrite(kernel, binary)
 
         try:
-            with ptxsim.device(self.arch, rewrite=seen), _at_most(120 + 20 * self.seconds):
+            with ptxsim.device(self.arch, rewrite=seen, order=order), _at_most(120 + 20 * self.seconds):
                 found = verdicts(getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton")
         except ptxsim.UnknownInstruction as error:
             raise Invalid(str(error)) from error
         except Exception as error:
             if isinstance(error, triton.CompilationError) or "PassManager" in str(error):
                 raise Invalid(str(error)) from error
-            return launches, f"{type(error).__name__} {error}"
+            return launches, f"{type(error).__name__} {error}", ""
         wrong = [v for v in found if not v.ratio <= 1]
-        return launches, str(wrong[0]) if wrong else None
+        return launches, str(wrong[0]) if wrong else None, order.digest()
 
 
 @contextmanager

@@ -6,19 +6,32 @@ import torch
 import triton
 
 from .explained import reason_for
-from .job import CAUGHT, SURVIVED
+from .job import CAUGHT, EQUIVALENT, SURVIVED
 
 _NAMES = ("op", "arch", "kind", "kernel")
-COLUMNS = ("op", "kernel", "arch", "changes of", "mutants", "caught", "share", "survivors", "unexplained")
+_COUNTS = ("mutants", "caught", "unexplained", "equivalent")
+COLUMNS = (
+    "op",
+    "kernel",
+    "arch",
+    "changes of",
+    "mutants",
+    "caught",
+    "share",
+    "survivors",
+    "unexplained",
+    "equivalent",
+)
 
 
 def report(records: list[dict]) -> dict:
     """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
-    rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "seconds": 0.0})
+    rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "equivalent": 0, "seconds": 0.0})
     survivors = []
     for record in records:
         row = rows[tuple(record[n] for n in _NAMES)]
         row["seconds"] += record["seconds"]
+        row["equivalent"] += record["verdict"] in EQUIVALENT
         if record["verdict"] not in (CAUGHT, SURVIVED):
             continue
         row["mutants"] += 1
@@ -35,9 +48,9 @@ def report(records: list[dict]) -> dict:
     return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
 
 
-def totals(found: dict) -> tuple[int, int, int]:
-    """(mutants, caught, survivors without a reason)."""
-    return tuple(sum(row[k] for row in found["rows"]) for k in ("mutants", "caught", "unexplained"))
+def totals(found: dict) -> tuple[int, int, int, int]:
+    """(mutants, caught, survivors without a reason, changes beside them that change nothing)."""
+    return tuple(sum(row[k] for row in found["rows"]) for k in _COUNTS)
 
 
 def shares(found: dict) -> list[list[str]]:
@@ -46,13 +59,18 @@ def shares(found: dict) -> list[list[str]]:
     for row in found["rows"]:
         if row["mutants"]:
             names = [row[k] for k in ("op", "kernel", "arch", "kind")]
-            lines.append(names + _counts(row["mutants"], row["caught"], row["unexplained"]))
+            lines.append(names + _counts(*(row[k] for k in _COUNTS)))
     return [*lines, ["all", "", "", "", *_counts(*totals(found))]]
 
 
-def _counts(mutants: int, caught: int, unexplained: int) -> list[str]:
+def _counts(mutants: int, caught: int, unexplained: int, equivalent: int) -> list[str]:
     share = f"{100 * caught / mutants:.1f}%" if mutants else ""
-    return [str(mutants), str(caught), share, str(mutants - caught or ""), str(unexplained or "")]
+    return [
+        str(mutants),
+        str(caught),
+        share,
+        *(str(n or "") for n in (mutants - caught, unexplained, equivalent)),
+    ]
 
 
 def markdown(found: dict) -> str:

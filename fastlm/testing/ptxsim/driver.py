@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 
 from ..._triton import simulated
 from .compile import Compiled, compile_program
-from .machine import launch
+from .machine import Machine, launch
 from .memory import Allocations
+from .order import Order, Ordered
 from .parse import parse
 
 # Bytes of shared memory that a block may ask for, and multiprocessors (A100, H100, B200, RTX 5090).
@@ -108,13 +109,13 @@ def _compiled(binary: bytes) -> Compiled:
 
 
 def run(
-    text: str, grid: tuple, threads: tuple, arguments: list, shared: int = 0, name=None, profile=None
+    text: str, grid: tuple, threads: tuple, arguments: list, shared=0, name=None, profile=None, order=None
 ) -> None:
     """Runs a kernel given as PTX.
 
     grid, threads: three sizes each. arguments: CPU tensors, and numbers as bytes of their parameter's size.
     shared: bytes of a block beside what the text declares. name: of the kernel, if there are several.
-    profile: a Profile that counts every access, or None.
+    profile: a Profile that counts every access, order: an Order that is told what orders them; or None.
     Raises: UnknownInstruction, SimulationError.
     """
     compiled, memory = compile_program(parse(text, name)), Allocations()
@@ -127,15 +128,18 @@ def run(
         packed[offset : offset + size] = argument
     if profile is not None:
         profile.start(compiled.program.name, grid, threads)
-    launch(compiled, grid, threads, compiled.program.static_shared + shared, bytes(packed), memory, profile)
+    size = compiled.program.static_shared + shared
+    launch(compiled, grid, threads, size, bytes(packed), memory, profile, _machine(order))
 
 
 class Simulate:
-    """Runs launches. profile: sees every access; rewrite: (kernel, PTX) -> the PTX to run; or None."""
+    """Runs launches. profile: sees every access; rewrite: (kernel, PTX) -> the PTX to run; order: sees what
+    orders accesses; or None."""
 
     def __init__(self):
         self.profile = None
         self.rewrite = None
+        self.order: Order | None = None
 
     def __call__(self, function, grid, threads, given) -> None:
         """One launch."""
@@ -152,7 +156,12 @@ class Simulate:
             packed[offset : offset + size] = _pack(kind, argument, size)
         if self.profile is not None:
             self.profile.start(function.name, grid, threads)
-        launch(compiled, grid, threads, function.shared, bytes(packed), memory, self.profile)
+        machine = _machine(self.order)
+        launch(compiled, grid, threads, function.shared, bytes(packed), memory, self.profile, machine)
+
+
+def _machine(order: Order | None):
+    return Machine if order is None else functools.partial(Ordered, order)
 
 
 def add_tensor(memory: Allocations, name: str, tensor: torch.Tensor) -> None:
@@ -189,11 +198,12 @@ def _driver(arch: int) -> Driver:
 
 
 @contextmanager
-def device(arch: str = "sm_80", profile=None, rewrite=None) -> Iterator[None]:
+def device(arch: str = "sm_80", profile=None, rewrite=None, order: Order | None = None) -> Iterator[None]:
     """Inside it, backend "triton" takes CPU tensors: its kernels' PTX is executed by the simulator.
 
     arch: "sm_80", "sm_90a", "sm_100a" or "sm_120". profile: a Profile that counts every access, or None.
-    rewrite: (kernel's name, PTX) -> the PTX to run instead, or None. Fresh tensors are filled with NaN (the
+    rewrite: (kernel's name, PTX) -> the PTX to run instead, or None. order: an Order that is told of what
+    orders the accesses, or None. Fresh tensors are filled with NaN (the
     largest number, if of integers): what a kernel forgets to write, or reads too early, is seen.
     Raises: ValueError for another arch.
     """
@@ -202,12 +212,12 @@ def device(arch: str = "sm_80", profile=None, rewrite=None) -> Iterator[None]:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise ValueError(f"ptxsim.device: arch must be one of {known}, got {arch!r}")
     with driven_by(_driver(number), to_ptx), simulated(arch), _filled():
-        before = _simulate.profile, _simulate.rewrite
-        _simulate.profile, _simulate.rewrite = profile, rewrite
+        before = _simulate.profile, _simulate.rewrite, _simulate.order
+        _simulate.profile, _simulate.rewrite, _simulate.order = profile, rewrite, order
         try:
             yield
         finally:
-            _simulate.profile, _simulate.rewrite = before
+            _simulate.profile, _simulate.rewrite, _simulate.order = before
 
 
 @contextmanager

@@ -467,11 +467,19 @@ def _picked(which, part):
 
 
 def launch(
-    compiled: Compiled, grid, threads, shared: int, arguments: bytes, memory: Allocations, profile=None
+    compiled: Compiled,
+    grid,
+    threads,
+    shared: int,
+    arguments: bytes,
+    memory: Allocations,
+    profile=None,
+    machine=Machine,
 ) -> None:
     """Runs every block of the grid.
 
     grid, threads: three sizes each. shared: bytes of a block. arguments: packed as the kernel's parameters.
+    machine: makes what runs a batch of blocks.
     Raises: SimulationError with the first finding.
     """
     blocks = grid[0] * grid[1] * grid[2]
@@ -480,4 +488,4 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, blocks, batch):
             count = min(batch, blocks - first)
-            Machine(compiled, grid, threads, shared, arguments, first, count, memory, profile).run()
+            machine(compiled, grid, threads, shared, arguments, first, count, memory, profile).run()

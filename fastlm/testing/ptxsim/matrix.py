@@ -47,7 +47,7 @@ class Matrix:
         self._machine = machine
         self.running: list[tuple] = []  # wgmma groups: (number of the group, registers, cells)
         self._groups = 0
-        self._fenced = False
+        self.fenced = False
         self.touched: set[str] = set()  # wgmma's registers that other instructions used since the last fence
 
     def _registers(self, values) -> np.ndarray:
@@ -107,7 +107,7 @@ class Matrix:
         machine.together(site)
         if machine.lanes.size % 128 or (machine.lanes[::128] % 128).any():
             machine.fail("divergence", site, 0, "warps of this warpgroup are elsewhere")
-        if not self._fenced or not self.touched.isdisjoint(names[0] + names[1]):
+        if not self.fenced or not self.touched.isdisjoint(names[0] + names[1]):
             machine.fail("async", site, 0, "there is no wgmma.fence since another use of its registers")
         cells: list[np.ndarray] = []
         if len(a) == 4:
@@ -152,7 +152,7 @@ class Matrix:
 
     def fence(self) -> None:
         """wgmma.fence."""
-        self._fenced = True
+        self.fenced = True
         self.touched.clear()
 
     def settled(self, site, register) -> None:

@@ -118,7 +118,14 @@ class Shared:
 
     def fence(self, blocks: np.ndarray) -> None:
         """fence.proxy.async of these blocks' threads."""
-        self._unfenced.reshape(-1, self.pitch // self.cell)[blocks] = False
+        self._of_blocks(self._unfenced)[blocks] = False
+
+    def unfenced(self, blocks: np.ndarray) -> np.ndarray:
+        """Which of these blocks' cells were written with no fence.proxy.async since: [blocks, cells]."""
+        return self._of_blocks(self._unfenced)[blocks]
+
+    def _of_blocks(self, cells: np.ndarray) -> np.ndarray:
+        return cells.reshape(-1, self.pitch // self.cell)
 
     def _note_reader(self, cells, tags) -> None:
         before = self._reader[cells]

@@ -1,0 +1,134 @@
+"""What orders a kernel's accesses to memory, as one number: two programs with the same are ordered alike.
+
+Between two accesses lies a window of barriers, landings of copies, ends of wgmmas and fences. Only what a
+window leaves behind counts: a commit is nothing by itself, a wait for what has landed neither, and of two
+barriers the first orders nothing that the second one does not.
+"""
+
+import hashlib
+
+import numpy as np
+
+from .machine import Machine
+from .matrix import Matrix
+from .memory import Shared
+
+_BARRIER, _WARPS, _FENCE, _DONE = "barrier", "warps", "fence", "done"
+
+
+class Order:
+    """Of all launches that it is told of."""
+
+    def __init__(self):
+        self._hash, self._window, self._accesses = hashlib.blake2b(digest_size=16), [], 0
+
+    def digest(self) -> str:
+        """Of all windows that an access followed."""
+        return self._hash.hexdigest()
+
+    def start(self, name: str) -> None:
+        """A batch of blocks of a kernel; what its last access left open has no effect."""
+        self._hash.update(name.encode())
+        self._window, self._accesses = [], 0
+
+    def access(self) -> None:
+        """An instruction accesses memory, or a register that a wgmma uses."""
+        if self._window:
+            left = reduced(self._window)
+            if not self._accesses:  # nothing came before these barriers
+                left = [e for e in left if e[0] not in (_BARRIER, _WARPS)]
+            if left:
+                self._hash.update(repr((self._accesses, left)).encode())
+            self._window = []
+        self._accesses += 1
+
+    def add(self, kind: str, *of: np.ndarray) -> None:
+        """An event; of: the blocks, warps or cells that it is about."""
+        self._window.append((kind, *(hashlib.blake2b(a.tobytes(), digest_size=8).hexdigest() for a in of)))
+
+
+def reduced(window: list[tuple]) -> list[tuple]:
+    """A window's events without those that a later one repeats; what ends between two others is sorted."""
+    kept, barriers, fences = [], set(), set()
+    for event in reversed(window):
+        kind, where = event[0], event[1]
+        if kind == _BARRIER or kind == _WARPS:
+            if where in barriers or event in barriers:
+                continue
+            barriers.add(where if kind == _BARRIER else event)
+            fences.clear()
+        elif kind == _FENCE:
+            if event in fences:
+                continue
+            fences.add(event)
+        kept.append(event)
+    result, run = [], []
+    for event in [*reversed(kept), None]:
+        if event is not None and event[0] == _DONE:
+            run.append(event)
+            continue
+        result += sorted(run)
+        follows = result and not run and event is not None and event[0] == _WARPS
+        run = []
+        if event is not None and not (follows and result[-1][:2] == (_BARRIER, event[1])):
+            result.append(event)
+    return result
+
+
+class Ordered(Machine):
+    """A machine that tells an Order what happens."""
+
+    def __init__(self, order: Order, compiled, grid, threads, shared, arguments, first, blocks, *rest):
+        super().__init__(compiled, grid, threads, shared, arguments, first, blocks, *rest)
+        self._order = order
+        order.start(compiled.program.name)
+        self.shared = _Shared(order, blocks, shared, compiled.cell)
+        self.matrix = _Matrix(order, self)
+
+    def _aligned(self, *access) -> None:
+        self._order.access()
+        super()._aligned(*access)
+
+    def barrier(self, site: int) -> None:
+        """Of blocks."""
+        super().barrier(site)
+        self._order.add(_BARRIER, np.unique(self.block))
+
+    def warp_barrier(self, site: int) -> None:
+        """Of warps."""
+        super().warp_barrier(site)
+        self._order.add(_WARPS, np.unique(self.block), np.unique(self.lanes >> 5))
+
+
+class _Shared(Shared):
+    def __init__(self, order: Order, *sizes):
+        super().__init__(*sizes)
+        self._order = order
+
+    def arrive(self, cells, tags) -> None:
+        super().arrive(cells, tags)
+        self._order.add(_DONE, cells)
+
+    def released(self, cells) -> None:
+        super().released(cells)
+        self._order.add(_DONE, cells)
+
+    def fence(self, blocks) -> None:
+        if self.unfenced(blocks).any():
+            self._order.add(_FENCE, blocks)
+        super().fence(blocks)
+
+
+class _Matrix(Matrix):
+    def __init__(self, order: Order, machine: Machine):
+        super().__init__(machine)
+        self._order = order
+
+    def settled(self, site, register) -> None:
+        self._order.access()
+        super().settled(site, register)
+
+    def fence(self) -> None:
+        if self.touched or not self.fenced:
+            self._order.add("registers", np.array(sorted(self.touched)), self._machine.lanes)
+        super().fence()
