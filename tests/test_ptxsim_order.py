@@ -18,6 +18,8 @@ ld.shared.b32 %r7, [%r4+256];
 add.s32 %r6, %r6, %r7;
 st.global.b32 [%rd5], %r6;
 """
+UNREAD = "bar.sync 0; cp.async.ca.shared.global [%r3], [%rd4], 4; cp.async.commit_group;"
+WAIT, STORE = "cp.async.wait_group 0;", "st.global.b32 [%rd5], %r6;"
 OWN = """
 ld.global.b32 %r5, [%rd4];
 st.shared.b32 [%r3], %r5;
@@ -50,8 +52,10 @@ def without(body, statement, number=0):
         (EXCHANGE, EXCHANGE.replace("bar.sync 0;", "bar.warp.sync 0xffffffff; bar.sync 0;")),
         (EXCHANGE, EXCHANGE.replace("bar.sync 0;", "bar.sync 0; bar.warp.sync 0xffffffff;")),
         (EXCHANGE, "bar.sync 0;" + EXCHANGE + "bar.sync 0;"),
+        (EXCHANGE, EXCHANGE.replace("st.shared", "bar.sync 0; st.shared")),
+        (COPY + UNREAD + WAIT + STORE, COPY + UNREAD + STORE),
     ],
-    ids=["commit", "wait", "all", "barrier", "twice", "warp first", "warp behind", "ends"],
+    ids=["commit", "wait", "all", "barrier", "twice", "warp first", "warp behind", "ends", "apart", "unread"],
 )
 def test_what_has_no_effect_leaves_the_order(body, changed):
     assert body != changed and order_of(body) == order_of(changed)

@@ -17,34 +17,48 @@ _BARRIER, _WARPS, _FENCE, _DONE = "barrier", "warps", "fence", "done"
 
 
 class Order:
-    """Of all launches that it is told of."""
+    """Of all launches that it is told of: shared memory and global memory each by itself, for no access of
+    one meets one of the other."""
 
     def __init__(self):
-        self._hash, self._window, self._accesses = hashlib.blake2b(digest_size=16), [], 0
+        self.shared, self.memory = _Accesses(), _Accesses()
 
     def digest(self) -> str:
         """Of all windows that an access followed."""
-        return self._hash.hexdigest()
+        return self.shared.hash.hexdigest() + self.memory.hash.hexdigest()
 
     def start(self, name: str) -> None:
-        """A batch of blocks of a kernel; what its last access left open has no effect."""
-        self._hash.update(name.encode())
-        self._window, self._accesses = [], 0
+        """A batch of blocks of a kernel begins; what its last access left open has no effect."""
+        for accesses in (self.shared, self.memory):
+            accesses.hash.update(name.encode())
+            accesses.window, accesses.count = [], 0
 
-    def access(self) -> None:
-        """An instruction accesses memory, or a register that a wgmma uses."""
-        if self._window:
-            left = reduced(self._window)
-            if not self._accesses:  # nothing came before these barriers
+    def barrier(self, kind: str, *of: np.ndarray) -> None:
+        """Orders accesses of both; of: the blocks, and the warps if it is theirs alone."""
+        self.shared.add(kind, *of)
+        self.memory.add(kind, *of)
+
+
+class _Accesses:
+    """Of one memory: how many, and a hash of what lies between them."""
+
+    def __init__(self):
+        self.hash, self.window, self.count = hashlib.blake2b(digest_size=16), [], 0
+
+    def next(self) -> None:
+        """An instruction accesses it, or (shared memory) a register that a wgmma uses."""
+        if self.window:
+            left = reduced(self.window)
+            if not self.count:  # nothing came before these barriers
                 left = [e for e in left if e[0] not in (_BARRIER, _WARPS)]
             if left:
-                self._hash.update(repr((self._accesses, left)).encode())
-            self._window = []
-        self._accesses += 1
+                self.hash.update(repr((self.count, left)).encode())
+            self.window = []
+        self.count += 1
 
     def add(self, kind: str, *of: np.ndarray) -> None:
         """An event; of: the blocks, warps or cells that it is about."""
-        self._window.append((kind, *(hashlib.blake2b(a.tobytes(), digest_size=8).hexdigest() for a in of)))
+        self.window.append((kind, *(hashlib.blake2b(a.tobytes(), digest_size=8).hexdigest() for a in of)))
 
 
 def reduced(window: list[tuple]) -> list[tuple]:
@@ -85,19 +99,23 @@ class Ordered(Machine):
         self.shared = _Shared(order, blocks, shared, compiled.cell)
         self.matrix = _Matrix(order, self)
 
-    def _aligned(self, *access) -> None:
-        self._order.access()
-        super()._aligned(*access)
+    def _shared_offsets(self, *access):
+        self._order.shared.next()
+        return super()._shared_offsets(*access)
+
+    def _pieces(self, *access):
+        self._order.memory.next()
+        return super()._pieces(*access)
 
     def barrier(self, site: int) -> None:
         """Of blocks."""
         super().barrier(site)
-        self._order.add(_BARRIER, np.unique(self.block))
+        self._order.barrier(_BARRIER, np.unique(self.block))
 
     def warp_barrier(self, site: int) -> None:
         """Of warps."""
         super().warp_barrier(site)
-        self._order.add(_WARPS, np.unique(self.block), np.unique(self.lanes >> 5))
+        self._order.barrier(_WARPS, np.unique(self.block), np.unique(self.lanes >> 5))
 
 
 class _Shared(Shared):
@@ -107,15 +125,15 @@ class _Shared(Shared):
 
     def arrive(self, cells, tags) -> None:
         super().arrive(cells, tags)
-        self._order.add(_DONE, cells)
+        self._order.shared.add(_DONE, cells)
 
     def released(self, cells) -> None:
         super().released(cells)
-        self._order.add(_DONE, cells)
+        self._order.shared.add(_DONE, cells)
 
     def fence(self, blocks) -> None:
         if self.unfenced(blocks).any():
-            self._order.add(_FENCE, blocks)
+            self._order.shared.add(_FENCE, blocks)
         super().fence(blocks)
 
 
@@ -125,10 +143,10 @@ class _Matrix(Matrix):
         self._order = order
 
     def settled(self, site, register) -> None:
-        self._order.access()
+        self._order.shared.next()
         super().settled(site, register)
 
     def fence(self) -> None:
         if self.touched or not self.fenced:
-            self._order.add("registers", np.array(sorted(self.touched)), self._machine.lanes)
+            self._order.shared.add("registers", np.array(sorted(self.touched)), self._machine.lanes)
         super().fence()
