@@ -1,7 +1,7 @@
 """Two programs have the same order where nothing that a launch could tell apart orders their accesses."""
 
 import pytest
-from test_ptxsim_findings import COPY, EXCHANGE, execute
+from test_ptxsim_findings import COPY, EXCHANGE, PRODUCT, execute
 
 from fastlm.testing.ptxsim import SimulationError
 from fastlm.testing.ptxsim.order import Order, reduced
@@ -29,9 +29,9 @@ st.global.b32 [%rd5], %r6;
 """
 
 
-def order_of(body):
+def order_of(body, threads=64):
     order = Order()
-    execute(body, shared=512, order=order)
+    execute(body, threads, shared=512, order=order)
     return order.digest()
 
 
@@ -84,6 +84,28 @@ def test_a_barrier_that_nobody_needs_is_still_told(instead):
     changed = OWN.replace("bar.sync 0;", instead)
     assert execute(changed).tolist() == list(range(64))
     assert order_of(changed) != order_of(OWN)
+
+
+FENCE, PROXY = "wgmma.fence.sync.aligned;", "fence.proxy.async.shared::cta;"
+DONE = "wgmma.wait_group.sync.aligned 0;"
+
+
+@pytest.mark.parametrize(
+    "statement, instead, alike",
+    [
+        (FENCE, FENCE + FENCE, True),
+        (PROXY, PROXY + PROXY, True),
+        (DONE, DONE + DONE, True),
+        ("wgmma.commit_group.sync.aligned;", "wgmma.commit_group.sync.aligned;" * 2, True),
+        (FENCE, FENCE + "mov.u32 %r6, %d1;" + FENCE, False),
+        (PROXY + " bar.sync 0;", "bar.sync 0;" + PROXY, False),
+        (DONE, "mov.u32 %r6, %a0;" + DONE, True),
+    ],
+)
+def test_of_wgmmas_fences_and_waits_those_that_order_something_are_told(statement, instead, alike):
+    body = "and.b32 %r1, %r1, 63; " + PRODUCT.replace("shared::cta;\nbar", "shared::cta; bar")
+    changed = body.replace(statement, instead)
+    assert body != changed and (order_of(body, 128) == order_of(changed, 128)) == alike
 
 
 def test_a_wait_at_another_access_is_told():
