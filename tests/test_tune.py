@@ -167,21 +167,9 @@ def test_no_two_kernels_have_config_functions_of_one_name():
 
 
 TRITON = [w for w in registry.WORKLOADS if "triton" in OPS[w.op].backends]
-NO_CUDA = pytest.mark.xfail(
-    torch.version.cuda is None,
-    reason="torch without CUDA writes no fake CUDA tensor in place, as this body's chunks do",
-    raises=RuntimeError,
-    strict=True,
-)
 
 
-def _traced():
-    for w in TRITON:
-        marks = NO_CUDA if w.op == "linear_cross_entropy" else ()
-        yield pytest.param(w, id=f"{w.op}-{w.name}", marks=marks)
-
-
-@pytest.mark.parametrize("workload", list(_traced()))
+@pytest.mark.parametrize("workload", TRITON, ids=lambda w: f"{w.op}-{w.name}")
 def test_every_kernel_asks_for_keys_that_can_be_tuned_and_kept(workload):
     on, mode = workload.on("cuda"), FakeTensorMode(allow_non_fake_inputs=True)
     arguments, found = search.fake_arguments(on, "bf16", mode), {}

@@ -215,20 +215,25 @@ def without_launches(arch: int) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", lambda *_, **__: None),
         mock.patch.object(config_module(), "_capability", lambda index: arch),
+        mock.patch.object(config_module(), "_simulated_target", lambda: arch),
     ):
         yield
 
 
 def fake_arguments(workload: Workload, dtype: str, mode: FakeTensorMode) -> dict:
-    """The workload's arguments as fake tensors on a GPU that need not be there."""
+    """The workload's arguments as fake tensors on a GPU that need not be there.
+
+    On the CPU where torch is built without CUDA: it writes no fake CUDA tensor in place, as some bodies do.
+    """
     try:
         with mode:
             made = workload.arguments(dtype)
     except DataDependentOutputException:  # lengths are drawn: the numbers are needed
         made = workload.arguments(dtype)
     moved: dict[int, Tensor] = {}
+    device = "cpu" if torch.version.cuda is None else "cuda:0"
     with mode:
         for value in made.values():
             if isinstance(value, Tensor) and id(value) not in moved:
-                moved[id(value)] = mode.from_tensor(value).to("cuda:0")
+                moved[id(value)] = mode.from_tensor(value).to(device)
     return {name: moved.get(id(value), value) for name, value in made.items()}
