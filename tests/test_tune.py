@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -244,6 +246,15 @@ def test_dry_run_lists_candidates_and_compiles_nothing(monkeypatch):
     assert told[0] == "layer_norm gpt2 [16384,4096] bf16, forward: norm_forward_config(90, 4096)"
     assert told[1].endswith(" (default)") and len(told) > 10
     assert not _tuned.folder().exists()
+
+
+def test_dry_run_needs_no_gpu_in_a_process_of_its_own():
+    options = ["tune", "--dry-run", "--arch", "90", "--op", "linear_cross_entropy", "--op", "softmax"]
+    command = [sys.executable, "-c", "from fastlm.cli import main; main()", *options]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for op in ("linear_cross_entropy", "softmax"):
+        assert re.search(rf"(?m)^{op} .*, forward: \w+_config", ended.stdout), ended.stdout
 
 
 def test_forget_removes_what_was_tuned(capsys):
