@@ -20,6 +20,7 @@ st.global.b32 [%rd5], %r6;
 """
 UNREAD = "bar.sync 0; cp.async.ca.shared.global [%r3], [%rd4], 4; cp.async.commit_group;"
 WAIT, STORE = "cp.async.wait_group 0;", "st.global.b32 [%rd5], %r6;"
+OTHER = "st.shared.b32 [%r3+256], %r6; ld.shared.b32 %r6, [%r3+256];" + STORE
 OWN = """
 ld.global.b32 %r5, [%rd4];
 st.shared.b32 [%r3], %r5;
@@ -54,8 +55,21 @@ def without(body, statement, number=0):
         (EXCHANGE, "bar.sync 0;" + EXCHANGE + "bar.sync 0;"),
         (EXCHANGE, EXCHANGE.replace("st.shared", "bar.sync 0; st.shared")),
         (COPY + UNREAD + WAIT + STORE, COPY + UNREAD + STORE),
+        (COPY + UNREAD + WAIT + OTHER, COPY + UNREAD + OTHER),
     ],
-    ids=["commit", "wait", "all", "barrier", "twice", "warp first", "warp behind", "ends", "apart", "unread"],
+    ids=[
+        "commit",
+        "wait",
+        "all",
+        "barrier",
+        "twice",
+        "warp first",
+        "warp behind",
+        "ends",
+        "apart",
+        "unread",
+        "other",
+    ],
 )
 def test_what_has_no_effect_leaves_the_order(body, changed):
     assert body != changed and order_of(body) == order_of(changed)

@@ -2,10 +2,12 @@
 
 Between two accesses lies a window of barriers, landings of copies, ends of wgmmas and fences. Only what a
 window leaves behind counts: a commit is nothing by itself, a wait for what has landed neither, and of two
-barriers the first orders nothing that the second one does not.
+barriers the first orders nothing that the second one does not. When a copy landed counts where what it wrote
+is accessed.
 """
 
 import hashlib
+from itertools import groupby
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from .machine import Machine
 from .matrix import Matrix
 from .memory import Shared
 
-_BARRIER, _WARPS, _FENCE, _DONE = "barrier", "warps", "fence", "done"
+_BARRIER, _WARPS, _FENCE, _DONE, _LANDED = "barrier", "warps", "fence", "done", "landed"
 
 
 class Order:
@@ -44,21 +46,39 @@ class _Accesses:
 
     def __init__(self):
         self.hash, self.window, self.count = hashlib.blake2b(digest_size=16), [], 0
+        self.landed = np.zeros(
+            0, np.int64
+        )  # of a cell: when what it holds was copied to it, if asynchronously
 
-    def next(self) -> None:
+    def next(self, cells: np.ndarray | None = None) -> None:
         """An instruction accesses it, or (shared memory) a register that a wgmma uses."""
         if self.window:
-            left = reduced(self.window)
-            if not self.count:  # nothing came before these barriers
-                left = [e for e in left if e[0] not in (_BARRIER, _WARPS)]
-            if left:
-                self.hash.update(repr((self.count, left)).encode())
+            self._close(reduced(self.window))
             self.window = []
+        if cells is not None and (landed := self.landed[cells]).any():
+            self.hash.update(landed.tobytes())
+            self.landed[cells] = 0
         self.count += 1
+
+    def _close(self, window: list[tuple]) -> None:
+        if not self.count:  # nothing came before these barriers
+            window = [e for e in window if e[0] not in (_BARRIER, _WARPS)]
+        later = sum(e[0] != _LANDED for e in window)
+        if later:
+            self.hash.update(repr((self.count, [e for e in window if e[0] != _LANDED])).encode())
+        for event in window:
+            if event[0] == _LANDED:
+                self.landed[event[1]] = (self.count + 1) << 16 | later
+            else:
+                later -= 1
 
     def add(self, kind: str, *of: np.ndarray) -> None:
         """An event; of: the blocks, warps or cells that it is about."""
         self.window.append((kind, *(hashlib.blake2b(a.tobytes(), digest_size=8).hexdigest() for a in of)))
+
+    def land(self, cells: np.ndarray) -> None:
+        """A copy has landed in these cells."""
+        self.window.append((_LANDED, cells))
 
 
 def reduced(window: list[tuple]) -> list[tuple]:
@@ -66,7 +86,7 @@ def reduced(window: list[tuple]) -> list[tuple]:
     kept, barriers, fences = [], set(), set()
     for event in reversed(window):
         kind, where = event[0], event[1]
-        if kind == _BARRIER or kind == _WARPS:
+        if kind in (_BARRIER, _WARPS):
             if where in barriers or event in barriers:
                 continue
             barriers.add(where if kind == _BARRIER else event)
@@ -76,15 +96,11 @@ def reduced(window: list[tuple]) -> list[tuple]:
                 continue
             fences.add(event)
         kept.append(event)
-    result, run = [], []
-    for event in [*reversed(kept), None]:
-        if event is not None and event[0] == _DONE:
-            run.append(event)
-            continue
-        result += sorted(run)
-        follows = result and not run and event is not None and event[0] == _WARPS
-        run = []
-        if event is not None and not (follows and result[-1][:2] == (_BARRIER, event[1])):
+    result: list[tuple] = []
+    for ends, run in groupby(reversed(kept), lambda e: e[0] == _DONE):
+        for event in sorted(run) if ends else run:
+            if event[0] == _WARPS and result and result[-1][:2] == (_BARRIER, event[1]):
+                continue
             result.append(event)
     return result
 
@@ -98,10 +114,6 @@ class Ordered(Machine):
         order.start(compiled.program.name)
         self.shared = _Shared(order, blocks, shared, compiled.cell)
         self.matrix = _Matrix(order, self)
-
-    def _shared_offsets(self, *access):
-        self._order.shared.next()
-        return super()._shared_offsets(*access)
 
     def _pieces(self, *access):
         self._order.memory.next()
@@ -122,10 +134,19 @@ class _Shared(Shared):
     def __init__(self, order: Order, *sizes):
         super().__init__(*sizes)
         self._order = order
+        order.shared.landed = np.zeros(self.data.size // self.cell, np.int64)
+
+    def read(self, cells, tags):
+        self._order.shared.next(cells)
+        return super().read(cells, tags)
+
+    def write(self, cells, tags, in_flight):
+        self._order.shared.next(cells)
+        return super().write(cells, tags, in_flight)
 
     def arrive(self, cells, tags) -> None:
         super().arrive(cells, tags)
-        self._order.shared.add(_DONE, cells)
+        self._order.shared.land(cells)
 
     def released(self, cells) -> None:
         super().released(cells)
