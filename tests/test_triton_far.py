@@ -70,7 +70,7 @@ def tokens_first(tensor):
 
 
 def results(op, inputs, place):
-    """Outputs and gradients of the op on the simulator, its tensors and dy put by `place`; and what it touched."""
+    """Outputs and gradients of the op on the simulator, tensors put by `place`; and how far it went."""
     differentiable = cases_of(op)[1]
     given = {n: place(v) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     leaves = [given[n].requires_grad_() for n in differentiable if n in given]
