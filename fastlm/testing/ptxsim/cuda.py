@@ -65,14 +65,16 @@ class Runtime:
             self.library.fastlm_simulate(self._callback, SHARED[number], _STREAM)
             self.library.fastlm_note_begin()
             try:
-                return function(*args)
-            except Exception:
+                result = function(*args)
+            except RuntimeError:
                 if self._error is None:
                     raise
-                raise self._error from None
             finally:
                 self.library.fastlm_note_end()
                 self._tensors = []
+            if self._error is not None:  # what stopped a launch, instead of the launcher's words for it
+                raise self._error
+            return result
 
     def _launched(self, kernel, grid, threads, shared, parameters, stream) -> int:
         try:
