@@ -1,4 +1,4 @@
-"""The stand-in CUDA runtime: launches as the launchers make them, errors as CUDA gives them, every finding."""
+"""The stand-in CUDA runtime: launches as launchers make them, errors as CUDA gives them, every finding."""
 
 import ctypes
 import re
@@ -183,7 +183,8 @@ def test_without_nvcc_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     with ptxsim.device("sm_80"), pytest.raises(NotImplementedError) as error:
         ops.softmax(torch.randn(3, 8), backend="cuda")
-    assert str(error.value).startswith("the simulator needs nvcc to compile csrc/cuda: pip install nvidia-cuda-")
+    sentence = f"the simulator needs nvcc to compile csrc/cuda: pip install {cuda_build.WHEELS}"
+    assert str(error.value) == sentence
 
 
 def test_who_names_no_backend_gets_triton_and_compiles_nothing():

@@ -16,7 +16,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_120")  # that GPU kernels are simulated for, whe
 
 
 def _is_often(backend, arch, number, case, dtype):
-    """What make test simulates: every case on sm_80, its dtypes in turn; of Triton an op's first on the others.
+    """What make test simulates: every case on sm_80, its dtypes in turn; on others an op's first, of Triton.
 
     nvcc takes 7 s to compile an op for another architecture.
     """

@@ -17,8 +17,9 @@ thread_local std::string message;
 }  // namespace
 
 // Through launch(), as csrc/cuda does; returns what it throws, or "".
-extern "C" __attribute__((visibility("default"))) const char* probe(const float* x, int n, float* y, int64_t blocks,
-                                                                   int threads, size_t shared, void* stream) {
+extern "C" __attribute__((visibility("default"))) const char* probe(const float* x, int n, float* y,
+                                                                    int64_t blocks, int threads,
+                                                                    size_t shared, void* stream) {
   message.clear();
   try {
     fastlm::launch("exchange", {nullptr, stream}, exchange_kernel, blocks, threads, shared, x, n, y);
@@ -30,7 +31,7 @@ extern "C" __attribute__((visibility("default"))) const char* probe(const float*
 
 // In CUDA's own words, with no opt-in; returns the runtime's error.
 extern "C" __attribute__((visibility("default"))) int probe_without_opt_in(const float* x, int n, float* y,
-                                                                          int threads, size_t shared) {
+                                                                           int threads, size_t shared) {
   exchange_kernel<<<1, threads, shared>>>(x, n, y);
   return cudaGetLastError();
 }
