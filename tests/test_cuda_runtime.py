@@ -11,6 +11,8 @@ import torch
 
 import fastlm
 from fastlm import ops
+from fastlm._explain import raw_arguments
+from fastlm._op import OPS
 from fastlm.testing import ptxsim
 from fastlm.testing.ptxsim import cuda, cuda_build
 
@@ -168,6 +170,25 @@ def test_one_seed_gives_the_mask_of_the_cpu():
     with ptxsim.device("sm_80"):
         _, h = ops.layer_norm(x, backend="cuda", **options)
     assert torch.equal(h, ops.layer_norm(x, backend="cpu", **options)[1])
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "softmax"])
+def test_tracers_see_the_raw_op(name):
+    """opcheck, and torch.compile(fullgraph=True) with its gradient."""
+    x = torch.randn(3, 40)
+    with ptxsim.device("sm_80"):
+        arguments, _ = raw_arguments(name, x)
+        torch.library.opcheck(OPS[name].forward["cuda"], arguments)
+
+        def call(x):
+            return getattr(ops, name)(x, backend="cuda")
+
+        found = []
+        for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            found += [y, *torch.autograd.grad(y.square().sum(), leaf)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_outside_a_simulated_device_one_sentence_says_what_is_missing():

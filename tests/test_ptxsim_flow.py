@@ -35,6 +35,14 @@ HEAD: setp.lt.u32 %p1, %r1, %r0;
 BODY: add.s32 %r1, %r1, 1;
 bra HEAD;
 """
+EXIT_BEHIND_THE_BODY = f"""
+mov.b32 %r1, 0;
+HEAD: setp.ge.u32 %p1, %r1, %r0;
+@%p1 bra DONE;
+add.s32 %r1, %r1, 1;
+bra HEAD;
+DONE: {STORE}
+"""
 
 
 def executed(body):
@@ -49,8 +57,9 @@ def test_threads_wait_at_a_join_for_a_side_that_comes_after_it():
     assert executed(SIDE_BEHIND_THE_JOIN) == [side[i ^ 1] for i in range(32)]
 
 
-def test_threads_wait_behind_a_loop_for_those_that_go_round_again():
-    assert executed(BODY_BEHIND_THE_EXIT) == [i ^ 1 for i in range(32)]
+@pytest.mark.parametrize("body", [BODY_BEHIND_THE_EXIT, EXIT_BEHIND_THE_BODY])
+def test_threads_wait_behind_a_loop_for_those_that_go_round_again(body):
+    assert executed(body) == [i ^ 1 for i in range(32)]
 
 
 def test_an_inner_loop_ends_before_what_follows_it_in_the_outer_one():
