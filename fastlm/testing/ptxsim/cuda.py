@@ -115,6 +115,9 @@ class Runtime:
         return memory
 
 
+_loading = threading.Lock()  # threads that meet at the first call load one library
+
+
 @functools.cache
 def _namespace() -> torch.library.Library:
     return torch.library.Library("fastlm_simulated", "DEF")
@@ -136,5 +139,6 @@ def runtime() -> Runtime:
 
 def call(name: str, args: tuple):
     """The raw op fastlm::<name>.cuda on CPU tensors, in a simulated device."""
-    ready = runtime()
+    with _loading:
+        ready = runtime()
     return ready.call(getattr(torch.ops.fastlm_simulated, name).cuda, *args)
