@@ -3,7 +3,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 TORCH ?= 2.13.0
 PIP := $(PYTHON) -m pip -qq --disable-pip-version-check
-NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+NATIVE := $(wildcard csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h csrc/cuda/*) setup.py pyproject.toml
+C_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/native/*.cu)
+# nvcc 13.0, where none is on the PATH: the tests compile csrc/cuda with it, for the simulator.
+NVCC_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 
 .PHONY: setup demo test test-slow test-gpu-model bars mutate bench gpu lint format sanitize clean
 
@@ -25,17 +29,21 @@ $(VENV)/built: $(VENV)/torch-$(TORCH) $(NATIVE)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/nvcc: | $(VENV)/created
+	@command -v nvcc >/dev/null || { echo "Installing nvcc"; $(PIP) install $(NVCC_WHEELS); }
+	@touch $@
+
 demo: setup
 	@$(VENV)/bin/fastlm demo $(ARGS)
 
-test: setup
+test: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m "not slow and not gpu_model" $(ARGS)
 
-test-slow: setup
+test-slow: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m slow $(ARGS)
 
 # Every case of every GPU kernel on every simulated architecture.
-test-gpu-model: setup
+test-gpu-model: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
 
 # What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
@@ -59,12 +67,12 @@ gpu:
 lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	@$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: setup
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(VENV)/bin/clang-format -i csrc/*.h csrc/*/*.h csrc/*/*.cpp
+	@$(VENV)/bin/clang-format -i $(C_SOURCES)
 
 # The CPU cases under AddressSanitizer and UndefinedBehaviourSanitizer, in a build of their own.
 SANITIZED := build/sanitize/lib

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from . import _load, _triton
+from . import _cuda, _load, _triton
 
 _LIBRARY = torch.library.Library("fastlm", "DEF")
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
@@ -137,14 +137,16 @@ class Op:
         return self._refusal(backend, args)
 
     def _refusal(self, backend: str, args: Sequence) -> str | None:
-        if _load.MISSING[backend] is not None:
-            return _load.MISSING[backend]
         device, first = _DEVICES[backend], args[0]
-        if backend == "triton":
+        simulates = backend == "cuda" and _triton.simulator.arch is not None and first.is_cpu
+        missing = _cuda.simulation_missing() if simulates else _load.MISSING[backend]
+        if missing is not None:
+            return missing
+        if device == "cuda":
             reason = _triton.device_refusal(first, self.arguments[0])
             if reason is not None:
-                return f"{self.name}.triton {reason}"
-        elif not (first.is_cpu if device == "cpu" else first.is_cuda):  # device.type costs 5 times as much
+                return f"{self.name}.{backend} {reason}"
+        elif not first.is_cpu:  # device.type costs 5 times as much
             return f"{self.name}.{backend} takes {device} tensors, {self.arguments[0]} is on {first.device}"
         if first.dtype not in _DTYPES:
             kinds = "float32, float16 and bfloat16"
@@ -165,6 +167,8 @@ class Op:
                 raise NotImplementedError(reason)
             return backend
         for name in self.backends:
+            if name == "cuda" and args[0].is_cpu:  # simulated: only who asks for it waits for its compilers
+                continue
             if self._refusal(name, args) is None:
                 return name
         return "reference"
@@ -246,5 +250,7 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
         body = _triton.body(op, "backward" if backward else "forward")
         for key in ("CUDA", "CPU"):  # on CPU tensors the simulator runs them
             _LIBRARY.impl(f"{name}.triton", body, key)
+    if backend == "cuda":
+        _LIBRARY.impl(f"{name}.cuda", _cuda.simulated_body(name), "CPU")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.fastlm, name), backend)

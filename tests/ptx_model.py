@@ -315,7 +315,28 @@ def _tf32(a):
     return a + 0x1000 & 0xFFFFE000
 
 
+def _fused_down(a, b, c):
+    """fma.rm: "mantissa LSB rounds towards negative infinity"; an exact zero of two signs is then -0."""
+    a, b, c = (decode(o, "f32") for o in (a, b, c))
+    plain, exact = a * b + c, _fused(a, b, c)
+    if not isinstance(exact, Fraction):
+        signs = (math.copysign(1, a) * math.copysign(1, b), math.copysign(1, c))
+        return encode(-0.0 if plain == 0 and -1 in signs else plain, "f32")
+    bits = encode(exact, "f32")
+    if decode(bits, "f32") <= exact:
+        return bits
+    return bits + 1 if bits >> 31 else bits - 1 if bits else 1 << 31 | 1
+
+
+def _saturated(a):
+    """cvt.sat: "clamped to the range [0.0, 1.0]"; "NaN results are flushed to +0.0f"."""
+    x = decode(a, "f32")
+    return encode(0.0 if x != x or x <= 0 else min(x, 1.0), "f32")
+
+
 FIXED = {
+    "fma.rm.f32": _fused_down,
+    "cvt.sat.f32.f32": _saturated,
     "bfe.u32": functools.partial(_bfe, "u"),
     "bfe.s32": functools.partial(_bfe, "s"),
     "bfi.b32": _bfi,

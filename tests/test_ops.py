@@ -12,14 +12,17 @@ from fastlm.testing import ptxsim
 from fastlm.testing.cases import SEEDS, Draw, cases_of
 from fastlm.testing.compare import KernelCalls, device_of, moved, verdicts
 
-ARCHS = ("sm_80", "sm_90a", "sm_120")  # that Triton's PTX is simulated for, where there is no GPU
+ARCHS = ("sm_80", "sm_90a", "sm_120")  # that GPU kernels are simulated for, where there is no GPU
 
 
-def _is_often(arch, number, case, dtype):
-    """What make test simulates: every case on sm_80, its dtypes in turn; on the others an op's first case."""
+def _is_often(backend, arch, number, case, dtype):
+    """What make test simulates: every case on sm_80, its dtypes in turn; on others an op's first, of Triton.
+
+    nvcc takes 7 s to compile an op for another architecture.
+    """
     if arch == "sm_80":
         return dtype == case.dtypes[number % len(case.dtypes)]
-    return number == 0 and dtype == torch.bfloat16
+    return backend == "triton" and number == 0 and dtype == torch.bfloat16
 
 
 def _points():
@@ -28,10 +31,10 @@ def _points():
             for dtype in case.dtypes:
                 for backend in op.backends:
                     short = str(dtype).removeprefix("torch.")
-                    simulated = backend == "triton" and device_of(backend) == "cpu"
+                    simulated = backend in ("cuda", "triton") and device_of(backend) == "cpu"
                     for arch in ARCHS if simulated else (None,):
                         at = f"{backend}-{arch}" if arch else backend
-                        often = arch is None or _is_often(arch, number, case, dtype)
+                        often = arch is None or _is_often(backend, arch, number, case, dtype)
                         marks = () if often else (pytest.mark.gpu_model,)
                         id = f"{name}-{at}-{case.name}-{short}"
                         yield pytest.param(name, backend, arch, case, dtype, id=id, marks=marks)

@@ -39,4 +39,4 @@ def test_a_tile_is_split_only_where_tiles_are_few_and_sums_long():
 @pytest.mark.parametrize("sizes", [(0, 16, 16), (1, 1, 0), (16, 4096, 4096), (1 << 14, 1 << 14, 1 << 12)])
 def test_a_tile_fits_in_shared_memory(arch, kind, sizes):
     (rows, cols, depth, *_), _, stages = matmul.matmul_config(arch, kind, *sizes)
-    assert (rows + cols) * depth * (2 if kind == "half" else 4) * stages <= ptxsim.driver._SHARED[arch]
+    assert (rows + cols) * depth * (2 if kind == "half" else 4) * stages <= ptxsim.driver.SHARED[arch]

@@ -1,5 +1,7 @@
 // From torch tensors to the plain arguments of kernels.h. The only headers of torch that the project
-// includes.
+// includes; and the only file of the bindings that knows which backend they are compiled for: the CPU's
+// kernels; FASTLM_CUDA, those of csrc/cuda on CUDA tensors; FASTLM_SIMULATED, those on CPU tensors, their
+// launches executed by fastlm.testing.ptxsim.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -14,27 +16,11 @@
 #include <tuple>
 
 #include "../contract/convert.h"
-
-#define FASTLM_LIBRARY(m) TORCH_LIBRARY_IMPL(fastlm, CPU, m)
-#define BACKEND "cpu"
+#include "backend.h"
 
 namespace fastlm {
 
-using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Tasks are handed out one by one: threads that a neighbour slows down take fewer.
-inline void run_parallel(int64_t tasks, void (*task)(const void*, int64_t), const void* self) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(self, i);
-    }
-  });
-}
-
-inline Context context_of(const Tensor&) { return {&run_parallel, nullptr}; }
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -87,7 +73,7 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed) {
 // A new contiguous tensor, or an empty one where it is not wanted: functional ops may neither return nothing
 // nor alias their inputs. Not at::empty: its way through the dispatcher costs a small op 0.3 us a tensor.
 inline Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType type, bool wanted = true) {
-  return at::detail::empty_cpu(wanted ? sizes : at::IntArrayRef{0}, type);
+  return empty_tensor(wanted ? sizes : at::IntArrayRef{0}, type);
 }
 
 inline Tensor output_like(const Tensor& t, bool wanted = true) {
@@ -102,15 +88,15 @@ inline Tensor float_output(at::IntArrayRef sizes, const Tensor&, bool wanted = t
 inline Tensor floats_of(const Tensor& t) {
   if (t.scalar_type() == at::kFloat) return t.contiguous();
   const Tensor from = t.contiguous(), made = new_tensor(t.sizes(), at::kFloat);
-  to_float32(dtype_of(t), from.const_data_ptr(), t.numel(), made.mutable_data_ptr<float>());
+  to_float32(context_of(t), dtype_of(t), from.const_data_ptr(), t.numel(), made.mutable_data_ptr<float>());
   return made;
 }
 
-// A weight or bias as contiguous float32; `fill` where it was not given.
-inline Tensor parameter(const OptionalTensor& t, int64_t cols, float fill) {
+// A weight or bias as contiguous float32; `value` where it was not given.
+inline Tensor parameter(const OptionalTensor& t, int64_t cols, float value) {
   if (given(t)) return floats_of(*t);
   const Tensor made = new_tensor({cols}, at::kFloat);
-  std::fill_n(made.mutable_data_ptr<float>(), cols, fill);
+  fill(context_of(made), value, cols, made.mutable_data_ptr<float>());
   return made;
 }
 
@@ -118,7 +104,8 @@ inline Tensor parameter(const OptionalTensor& t, int64_t cols, float fill) {
 inline Tensor like_parameter(const Tensor& gradient, const OptionalTensor& t) {
   if (!given(t) || t->scalar_type() == at::kFloat) return gradient;
   const Tensor made = new_tensor(gradient.sizes(), t->scalar_type());
-  from_float32(dtype_of(*t), gradient.const_data_ptr<float>(), gradient.numel(), made.mutable_data_ptr());
+  from_float32(context_of(gradient), dtype_of(*t), gradient.const_data_ptr<float>(), gradient.numel(),
+               made.mutable_data_ptr());
   return made;
 }
 

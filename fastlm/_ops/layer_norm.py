@@ -62,7 +62,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
     shared_gradients={"residual": "dx"},  # without dropout
 )
 

@@ -54,7 +54,7 @@ OP = Op(
     check=check,
     forward=("(Tensor x, float scale, Tensor? mask, bool causal) -> (Tensor y)", _fake_forward),
     backward=("(Tensor dy, Tensor y, float scale, bool causal) -> (Tensor dx)", _fake_backward),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

@@ -26,6 +26,22 @@ def fma(a, b, c):
     return (a.astype(F8) * b + c).astype(F4)
 
 
+def fma_down(a, b, c):
+    """fma.rm.f32: rounded towards minus infinity, from the exact sum as two float64."""
+    product, c = a.astype(F8) * b, c.astype(F8)
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    nearest = total.astype(F4)
+    down = np.where(nearest - total > lost, np.nextafter(nearest, F4(-np.inf)), nearest)
+    return np.where((total == 0) & (np.signbit(product) | np.signbit(c)), F4(-0.0), down)
+
+
+def saturate(x):
+    """cvt.sat: clamped to [0, 1]; NaN becomes 0."""
+    return np.clip(np.nan_to_num(x, nan=0.0), F4(0), F4(1)) + F4(0)
+
+
 def high(a, b, wide):
     """mul.hi of 32 bits."""
     return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)

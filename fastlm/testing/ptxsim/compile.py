@@ -14,6 +14,7 @@ import numpy as np
 
 from . import arithmetic, matrix
 from .errors import UnknownInstruction
+from .flow import ranks
 from .forms import form_of
 from .parse import Block, Instruction, Operand, Program
 
@@ -37,6 +38,7 @@ class Compiled:
     program: Program
     functions: list
     sites: list[Instruction]
+    ranks: list[int]  # of each block, in the order in which waiting threads run
     cell: int  # bytes of the smallest piece of shared memory that the kernel accesses
     source: str
 
@@ -58,7 +60,7 @@ def compile_program(program: Program) -> Compiled:
     source = "\n".join(w.source() for w in writers)
     exec(compile(source, f"<ptx {program.name}>", "exec"), namespace)
     functions = [namespace[f"block{n}"] for n in range(len(writers))]
-    return Compiled(program, functions, sites, _cell(sites), source)
+    return Compiled(program, functions, sites, ranks(program), _cell(sites), source)
 
 
 def _cell(sites: list[Instruction]) -> int:
@@ -160,6 +162,8 @@ class _Block:
             return self._constant(immediate(operand.value, t))
         if operand.kind == "special":
             return f"M.special({operand.value!r}).view({t.upper()})"
+        if operand.kind == "symbol" and operand.value in self.program.params:  # its place in .param space
+            return self._constant(np.array([self.program.params[operand.value][0]], f"u{t[1]}").view(t))
         if operand.kind == "symbol" and operand.value in self.program.shared:
             return self._constant(np.array([self.program.shared[operand.value]], f"u{t[1]}").view(t))
         raise UnknownInstruction(f"operand {operand.value!r}: {self.sites[-1].text}")
@@ -312,10 +316,11 @@ class _Block:
 
     def _parameter(self, i: Instruction, match) -> None:
         count, kind, unit = int(match.group(1) or 1), match.group(2), int(match.group(3)) // 8
-        offset = self.program.params[i.operands[1].value.value][0] + i.operands[1].offset
+        base, offset = self._read(i.operands[1].value, "u8"), i.operands[1].offset
         t = f"{'i' if kind == 's' else 'u'}{unit}"
         for n, operand in enumerate(_parts(i.operands[0])[:count]):
-            self._write(operand, t, f"M.parameter({offset + n * unit}, {t.upper()})", self._guard(i))
+            place = f"{base}, {offset + n * unit}"
+            self._write(operand, t, f"M.parameter({place}, {t.upper()})", self._guard(i))
 
     def _control(self, i: Instruction) -> bool:
         root = i.opcode.split(".")[0]

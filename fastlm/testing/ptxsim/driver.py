@@ -25,9 +25,9 @@ from .parse import parse
 
 # Bytes of shared memory that a block may ask for, and multiprocessors (A100, H100, B200, RTX 5090).
 # Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 _PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-ARCHS = tuple(_SHARED)
+ARCHS = tuple(SHARED)
 _FORMATS = {"fp16": "e", "fp32": "f", "fp64": "d"}
 
 
@@ -62,7 +62,7 @@ class Driver:
     def get_device_properties(self, device) -> dict:
         """What Triton and the kernels ask for."""
         return {
-            "max_shared_mem": _SHARED[self.arch],
+            "max_shared_mem": SHARED[self.arch],
             "multiprocessor_count": _PROCESSORS[self.arch],
             "max_num_regs": 65536,
             "warpSize": 32,
@@ -142,22 +142,32 @@ class Simulate:
         self.order: Order | None = None
 
     def __call__(self, function, grid, threads, given) -> None:
-        """One launch."""
-        text = function.binary if self.rewrite is None else self.rewrite(function.name, function.binary)
-        compiled, memory = _compiled(text), Allocations()
+        """One launch of Triton's."""
+        memory = Allocations()
         for name, kind, argument in given:
             if kind.startswith("*"):
                 add_tensor(memory, name, argument)
-        offsets = list(compiled.program.params.values())
-        packed = bytearray(sum(offsets[-1]) if offsets else 0)
-        for (offset, size), (_, kind, argument) in zip(
-            offsets, given, strict=False
-        ):  # two pointers to scratch follow
-            packed[offset : offset + size] = _pack(kind, argument, size)
+
+        def pack(params: dict[str, tuple[int, int]]) -> bytes:
+            packed = bytearray(sum(max(params.values(), default=(0, 0))))
+            pairs = zip(params.values(), given, strict=False)  # two pointers to scratch follow
+            for (offset, size), (_, kind, argument) in pairs:
+                packed[offset : offset + size] = _pack(kind, argument, size)
+            return bytes(packed)
+
+        self.execute(function.name, function.binary, grid, threads, function.shared, memory, pack)
+
+    def execute(self, name: str, text: bytes, grid, threads, dynamic: int, memory: Allocations, pack) -> None:
+        """Runs a kernel's PTX.
+
+        dynamic: bytes of shared memory beside what the text declares. pack: from the program's parameters to
+        their values, packed.
+        """
+        compiled = _compiled(text if self.rewrite is None else self.rewrite(name, text))
         if self.profile is not None:
-            self.profile.start(function.name, grid, threads)
-        machine = _machine(self.order)
-        launch(compiled, grid, threads, function.shared, bytes(packed), memory, self.profile, machine)
+            self.profile.start(name, grid, threads)
+        size, arguments = compiled.program.static_shared + dynamic, pack(compiled.program.params)
+        launch(compiled, grid, threads, size, arguments, memory, self.profile, _machine(self.order))
 
 
 def _machine(order: Order | None):
@@ -189,12 +199,12 @@ def to_ptx(*stages_of_backend):
     return None
 
 
-_simulate = Simulate()
+simulate = Simulate()
 
 
 @functools.cache
 def _driver(arch: int) -> Driver:
-    return Driver(arch, _simulate, "ptxsim")
+    return Driver(arch, simulate, "ptxsim")
 
 
 @contextmanager
@@ -212,12 +222,12 @@ def device(arch: str = "sm_80", profile=None, rewrite=None, order: Order | None 
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise ValueError(f"ptxsim.device: arch must be one of {known}, got {arch!r}")
     with driven_by(_driver(number), to_ptx), simulated(arch), _filled():
-        before = _simulate.profile, _simulate.rewrite, _simulate.order
-        _simulate.profile, _simulate.rewrite, _simulate.order = profile, rewrite, order
+        before = simulate.profile, simulate.rewrite, simulate.order
+        simulate.profile, simulate.rewrite, simulate.order = profile, rewrite, order
         try:
             yield
         finally:
-            _simulate.profile, _simulate.rewrite, _simulate.order = before
+            simulate.profile, simulate.rewrite, simulate.order = before
 
 
 @contextmanager

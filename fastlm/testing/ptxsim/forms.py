@@ -100,6 +100,7 @@ def _floats() -> None:
         _add(f"{name}.rn.f32.f16", "f4", "f2 f4", f"{{0}}.astype(F4) {sign} {{1}}")
         _add(f"{name}.rn.f32.bf16", "f4", "u2 f4", f"from_bf16({{0}}) {sign} {{1}}")
     _flushing("fma.rn.f32", "f4", "f4 f4 f4", "fma({0}, {1}, {2})")
+    _add("fma.rm.f32", "f4", "f4 f4 f4", "fma_down({0}, {1}, {2})")
     _add("fma.rn.f32x2", "u8", "u8 u8 u8", "in_pairs(fma, {0}, {1}, {2})")
     _add("fma.rn.f32.f16", "f4", "f2 f2 f4", "fma({0}, {1}.astype(F4), {2})")
     _add("fma.rn.f32.bf16", "f4", "u2 u2 f4", "fma(from_bf16({0}), from_bf16({1}), {2})")
@@ -211,6 +212,7 @@ def _conversions() -> None:
     for rounding, function in _ROUND.items():
         _add(f"cvt.{rounding}.f32.f32", "f4", "f4", f"{function}({{0}})")
         _add(f"cvt.{rounding}.ftz.f32.f32", "f4", "f4", f"{function}(flush({{0}}))")
+    _add("cvt.sat.f32.f32", "f4", "f4", "saturate({0})")
     _add("cvt.rn.f16.f32", "f2", "f4", "{0}.astype(F2)")
     _add("cvt.f32.f16", "f4", "f2", "{0}.astype(F4)")
     _add("cvt.rn.bf16.f32", "u2", "f4", "to_bf16({0})")

@@ -1,4 +1,4 @@
-"""Runs a compiled kernel: all threads of many blocks in lock step, those at the lowest block of code first.
+"""Runs a compiled kernel: all threads of many blocks in lock step, in flow.py's order of its basic blocks.
 
 That order brings threads together again where their paths join. What a GPU only promises for threads that
 arrive together (barriers, shuffles, votes) is checked to be so.
@@ -72,11 +72,11 @@ class Machine:
     def run(self) -> None:
         """To the end of every thread."""
         waiting = {0: self._all}
-        last = len(self.compiled.functions)
+        last, ranks = len(self.compiled.functions), [*self.compiled.ranks, len(self.compiled.functions)]
         for _ in range(_LIMIT):
             if not waiting:
                 return
-            at = min(waiting)
+            at = min(waiting, key=ranks.__getitem__)
             lanes = waiting.pop(at)
             if at >= last:
                 self._leave(lanes)
@@ -135,9 +135,12 @@ class Machine:
             return (self.thread % 32 if root == "laneid" else self.thread // 32).astype(np.uint32)
         raise NotImplementedError(f"ptxsim: special register %{name}")
 
-    def parameter(self, offset: int, kind) -> np.ndarray:
-        """From the packed arguments."""
-        return np.frombuffer(self.arguments, kind, 1, offset)
+    def parameter(self, base: np.ndarray, offset: int, kind) -> np.ndarray:
+        """From the packed arguments: one number, or one for each thread where their addresses differ."""
+        if base.size == 1:
+            return np.frombuffer(self.arguments, kind, 1, int(base[0]) + offset)
+        places = base.astype(np.int64)[:, None] + offset + np.arange(np.dtype(kind).itemsize)
+        return np.frombuffer(self.arguments, np.uint8)[places].view(kind)[:, 0]
 
     def fail(self, kind: str, site: int, lane: int, what: str) -> None:
         """Raises a finding at an instruction, of the running thread number `lane`."""

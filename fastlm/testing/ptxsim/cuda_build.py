@@ -1,0 +1,166 @@
+"""csrc/cuda compiled for the simulator: its PTX, and its launchers with the bindings as one shared library.
+
+Kept under build/cuda_model by the hash of what each file was made from; made when first asked for.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[3]
+CSRC = _ROOT / "csrc"
+_BUILD = _ROOT / "build" / "cuda_model"
+_FLAGS = ("-std=c++20", "-O3", "-DFASTLM_GPU")
+_HEADERS = ("*.h", "contract/*.h", "cuda/*.cuh", "bindings/*.h", "simulated/*.h")
+_ENTRY = re.compile(r"(?m)^(?:\.visible |\.weak )?\.entry\s+([$\w]+)")
+WHEELS = (
+    "nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88"
+    " nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
+)
+
+
+@functools.cache
+def nvcc() -> Path | None:
+    """The CUDA compiler: on the PATH, or of NVIDIA's wheels in this environment."""
+    if found := shutil.which("nvcc"):
+        return Path(found)
+    return next(iter(sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvcc"))), None)
+
+
+def missing() -> str | None:
+    """Why csrc/cuda cannot be compiled for the simulator here, with what to do; None if it can."""
+    if not (CSRC / "cuda").is_dir():
+        return "the simulator compiles csrc/cuda: install with 'pip install -e .' from a clone of fastlm"
+    if nvcc() is None:
+        return f"the simulator needs nvcc to compile csrc/cuda: pip install {WHEELS}"
+    if shutil.which(_toolchain().CXX) is None:
+        return f"the simulator needs {_toolchain().CXX} to compile csrc: apt-get install g++"
+    return None
+
+
+@functools.cache
+def _toolchain():
+    spec = importlib.util.spec_from_file_location("fastlm_toolchain", CSRC / "toolchain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sources() -> tuple[list[Path], list[Path]]:
+    """(every .cu, the bindings of those that are ops)."""
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    bindings = [CSRC / "bindings" / f"{f.stem}.cpp" for f in kernels]
+    return kernels, [f for f in bindings if f.exists()]
+
+
+@functools.cache
+def _headers() -> bytes:
+    files = [f for pattern in _HEADERS for f in sorted(CSRC.glob(pattern))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
+
+
+def _place(name: str, made_from: list) -> Path:
+    """build/cuda_model/<name>, with a hash in it of all that it is made from."""
+    key = hashlib.sha256(_headers() + repr((_FLAGS, nvcc(), torch.__version__)).encode())
+    for part in made_from:
+        key.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
+    stem, _, suffix = name.rpartition(".")
+    return _BUILD / f"{stem}-{key.hexdigest()[:16]}.{suffix}"
+
+
+def _kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
+    """The file at that place: made by make(where) unless it is there."""
+    target = _place(name, made_from)
+    if not target.exists():
+        _BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_BUILD) as folder:
+            made = Path(folder) / name
+            try:
+                make(made)
+            except subprocess.CalledProcessError as error:
+                raise RuntimeError(f"ptxsim: {name} was not built:\n{error.stdout}") from error
+            os.replace(made, target)
+    return target
+
+
+def _nvcc(*arguments) -> None:
+    command = [nvcc(), *_FLAGS, *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ptx(source: Path, arch: str) -> Path:
+    """A .cu's PTX for an architecture such as "sm_90a"."""
+    target = f"-arch={arch.replace('sm_', 'compute_')}"
+    return _kept(
+        f"{source.stem}.{arch}.ptx", [source], lambda to: _nvcc(target, "-I", CSRC, "-ptx", source, "-o", to)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def kernels(source: Path, arch: str) -> dict[str, bytes]:
+    """Each kernel of a .cu by its name: PTX of its own, with what it declares of shared memory."""
+    text = ptx(source, arch).read_text()
+    starts = [*_ENTRY.finditer(text)]
+    ends = [m.start() for m in starts[1:]] + [len(text)]
+    head, found = text[: starts[0].start()] if starts else "", {}
+    for match, end in zip(starts, ends, strict=True):
+        body = text[match.start() : end]
+        lines = (line for line in head.splitlines() if ".shared" not in line or _declared(line) in body)
+        found[match.group(1)] = ("\n".join(lines) + "\n" + body).encode()
+    return found
+
+
+def _declared(line: str) -> str:
+    return re.search(r"([$\w]+)(?:\[\d*\])?\s*;", line).group(1)
+
+
+def library(cuda: list[Path], bindings: list[Path]) -> Path:
+    """One shared library: these launchers and bindings, the stand-in CUDA runtime, the noting allocator."""
+    torch_folder = Path(torch.__file__).parent
+    include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
+    simulated = sorted((CSRC / "simulated").glob("*.cpp"))
+
+    def host(source: Path) -> Path:
+        def make(to: Path) -> None:
+            code = ["-gencode", "arch=compute_80,code=compute_80", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            _nvcc(*code, "-I", CSRC, "--keep", "--keep-dir", to.parent, "-c", source, "-o", to)
+            # what ptx() would compile once more, in 7 s
+            os.replace(to.parent / f"{source.stem}.ptx", _place(f"{source.stem}.sm_80.ptx", [source]))
+
+        return _kept(f"{source.stem}.cu.o", [source], make)
+
+    def binding(source: Path) -> Path:
+        flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED", "-c", source]
+        return _kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().run(flags, to))
+
+    def link(to: Path) -> None:
+        linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
+        _toolchain().run(linked, to)
+
+    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(host, f) for f in cuda]
+        jobs += [pool.submit(binding, f) for f in (*bindings, *simulated)]
+        objects = [job.result() for job in jobs]
+        return _kept("model.so", [f.name for f in objects], link)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Of several processes one builds, the others wait for it."""
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    with open(_BUILD / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
