@@ -90,3 +90,20 @@ def test_survivors_need_a_reason(monkeypatch):
 
 def test_reasons_are_sentences():
     assert all(len(r.reason.split()) > 4 and r.reason.endswith(".") for r in REASONS)
+
+
+def test_a_change_of_the_source_that_ops_share_is_tried_and_counted_once(tmp_path):
+    facts = {"kind": "source", "kernel": "k", "where": "f.py:1", "line": "x", "what": "a < b -> a <= b"}
+    one = facts | {"op": "one", "arch": "sm_80", "verdict": SURVIVED, "seconds": 1.0}
+    two, three = one | {"op": "two", "verdict": CAUGHT}, one | {"op": "three", "verdict": CAUGHT}
+    found = report([one, two, three, two | {"kind": "ptx"}, one | {"what": "another"}])
+    assert {(r["op"], r["kind"]): (r["mutants"], r["caught"]) for r in found["rows"]} == {
+        ("one", "source"): (1, 0),
+        ("two", "ptx"): (1, 1),
+        ("two", "source"): (1, 1),
+    }
+    state = State(tmp_path / "state.json")
+    job = Job("one", "sm_80", state, str)
+    assert not job._caught_elsewhere(facts)
+    state.add("key", two)
+    assert job._caught_elsewhere(facts) and not job._caught_elsewhere(facts | {"kind": "ptx"})

@@ -93,10 +93,16 @@ class Job:
                 facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
                 facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
                 keys.add(key)
-                if not self._known(key, facts, scope):
+                if not self._known(key, facts, scope) and not self._caught_elsewhere(facts):
                     with source.replaced(function, change.text):
                         self._try(key, facts, scope, _Changed().wrong)
         return keys
+
+    def _caught_elsewhere(self, facts: dict) -> bool:
+        """Whether another op's cases have caught this change of the source: ops share functions."""
+        same = ("kind", "kernel", "where", "what")
+        caught = (r for r in self.state.records.values() if r["verdict"] == CAUGHT)
+        return any(all(r[k] == facts[k] for k in same) for r in caught)
 
     def _known(self, key: str, facts: dict, scope: list[Point]) -> bool:
         known = self.state.records.get(key)

@@ -26,6 +26,7 @@ COLUMNS = (
 
 def report(records: list[dict]) -> dict:
     """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
+    records = _once(records)
     rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "equivalent": 0, "seconds": 0.0})
     survivors = []
     for record in records:
@@ -46,6 +47,16 @@ def report(records: list[dict]) -> dict:
         row["seconds"] = round(row["seconds"])
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
+
+
+def _once(records: list[dict]) -> list[dict]:
+    """Without source changes that another op's cases have caught: what ops share is counted once."""
+    caught = {_change(r): r for r in reversed(records) if r["kind"] == "source" and r["verdict"] == CAUGHT}
+    return [r for r in records if r["kind"] != "source" or caught.get(_change(r), r) is r]
+
+
+def _change(record: dict) -> tuple:
+    return tuple(record[k] for k in ("arch", "kernel", "where", "what"))
 
 
 def totals(found: dict) -> tuple[int, int, int, int]:
