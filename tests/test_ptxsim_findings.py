@@ -297,6 +297,14 @@ def test_wgmma_needs_a_fence_after_other_uses_of_its_registers():
     assert found(head + PRODUCT.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"), **options)
 
 
+def test_what_a_wgmma_has_read_is_written_behind_a_barrier_that_follows_its_wait():
+    options = {"threads": 128, "shared": 512}
+    write = "st.shared.b32 [%r3], %r5;"
+    body = "and.b32 %r1, %r1, 63; " + PRODUCT.replace("wgmma.wait", "bar.sync 0; wgmma.wait")
+    assert found(body + write, **options).kind == "race"
+    execute(body + "bar.sync 0;" + write, **options)
+
+
 def test_ldmatrix_reads_for_other_lanes_of_the_warp():
     body = """
     and.b32 %r5, %r1, 31; shl.b32 %r5, %r5, 4; add.s32 %r5, %r2, %r5;

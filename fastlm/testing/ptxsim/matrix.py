@@ -109,7 +109,7 @@ class Matrix:
             machine.fail("divergence", site, 0, "warps of this warpgroup are elsewhere")
         if not self.fenced or not self.touched.isdisjoint(names[0] + names[1]):
             machine.fail("async", site, 0, "there is no wgmma.fence since another use of its registers")
-        cells: list[np.ndarray] = []
+        cells: list[tuple] = []
         if len(a) == 4:
             words = self._registers(a).reshape(4, -1, 128)
             left = tensor_cores.wgmma_a_fragment(words, kind)
@@ -130,7 +130,7 @@ class Matrix:
         address = tensor_cores.wgmma_operand(words, rows, k, bits.itemsize, transposed)
         groups = np.repeat(np.arange(0, machine.lanes.size, 128), rows * k)
         flat, touched = machine.read_by_proxy(site, address.reshape(-1), bits.itemsize, groups)
-        cells.append(touched)
+        cells.append((touched, machine.block[groups]))
         values = machine.shared.view(bits.itemsize)[flat // bits.itemsize].view(bits)
         return tensor_cores.widen(values.reshape(address.shape), kind)
 
@@ -147,8 +147,8 @@ class Matrix:
         done = [e for e in self.running if e[0] is not None and e[0] <= last]
         self.running = [e for e in self.running if e[0] is None or e[0] > last]
         for _, _, cells in done:
-            for touched in cells:
-                self._machine.shared.released(touched)
+            for touched, blocks in cells:
+                self._machine.shared.released(touched, self._machine.epoch[blocks])
 
     def fence(self) -> None:
         """wgmma.fence."""

@@ -112,9 +112,13 @@ class Shared:
         self._by_proxy[np.unique(cells)] += 1
         return None
 
-    def released(self, cells: np.ndarray) -> None:
-        """A wgmma that read these has been waited for."""
+    def released(self, cells: np.ndarray, epochs: np.ndarray) -> None:
+        """A wgmma that read these has been waited for: each warp waits for its own part, in its block's epoch.
+
+        So it counts as a read by several warps: who writes here needs a barrier behind the wait.
+        """
         self._by_proxy[np.unique(cells)] -= 1
+        self._reader[cells] = (epochs << _EPOCH | _MANY)[:, None]
 
     def fence(self, blocks: np.ndarray) -> None:
         """fence.proxy.async of these blocks' threads."""

@@ -148,8 +148,8 @@ class _Shared(Shared):
         super().arrive(cells, tags)
         self._order.shared.land(cells)
 
-    def released(self, cells) -> None:
-        super().released(cells)
+    def released(self, cells, epochs) -> None:
+        super().released(cells, epochs)
         self._order.shared.add(_DONE, cells)
 
     def fence(self, blocks) -> None:
