@@ -13,10 +13,10 @@ from fastlm.testing.cases.attention import qkv
 from fastlm.testing.ptxsim import SimulationError
 
 
-def _gradient(dtype, rewrite=None):
+def _gradient(dtype, rewrite=None, arch="sm_80"):
     inputs = qkv(Draw(0, dtype), 2, 4, 41, 37, 20)
     bias = Draw(1, dtype).normal(1, 1, 41, 37).requires_grad_()
-    with ptxsim.device("sm_80", rewrite=rewrite):
+    with ptxsim.device(arch, rewrite=rewrite):
         ops.attention(**inputs, bias=bias, backend="triton").float().sum().backward()
     return bias.grad
 
@@ -30,8 +30,9 @@ def test_programs_of_four_heads_give_what_programs_of_one_give(dtype, monkeypatc
     )
 
 
-def test_between_two_heads_the_threads_wait_for_each_other(monkeypatch):
-    """In float32 the tiles come through registers, and one barrier keeps a step's from the last one's."""
+@pytest.mark.parametrize("arch, dtype", [("sm_80", torch.float32), ("sm_90a", torch.bfloat16)], ids=str)
+def test_between_two_heads_the_threads_wait_for_each_other(arch, dtype, monkeypatch):
+    """These tiles come through registers, and one barrier keeps a step's from the last one's."""
     monkeypatch.setattr(_attention_backward, "_PROGRAMS", 2)
 
     def without_the_first_barrier_of_the_loop(kernel, binary):
@@ -40,4 +41,4 @@ def test_between_two_heads_the_threads_wait_for_each_other(monkeypatch):
         return re.sub(rb"bar\.sync\s+0;", b"", binary, count=1)
 
     with pytest.raises(SimulationError, match="race"):
-        _gradient(torch.float32, without_the_first_barrier_of_the_loop)
+        _gradient(dtype, without_the_first_barrier_of_the_loop, arch)

@@ -57,6 +57,11 @@ def _bias(*shape, dtype=None, **options):
     return lambda d: _odd(d) | {"bias": d.normal(*shape, dtype=dtype)} | options
 
 
+def _corners(d):
+    """Of a tile of 64 queries and 32 keys, or of 32 and 32, the window keeps one pair in a corner."""
+    return qkv(d, 1, 2, 67, 66, 20) | {"bias": d.normal(2, 67, 66), "window": (1, 1)}
+
+
 def _scalar_bias(d):
     """Few scores: the gradient is one sum of them all, and of a long one the rounding is a matter of luck."""
     return qkv(d, 2, 2, 3, 5, 20) | {"bias": d.normal(), "return_lse": True}
@@ -189,4 +194,5 @@ CASES = [
     Case("nan-query", _nan_query),
     Case("everything", _everything),
     Case("tiles-one-key-short", _shape(1, 2, 9, 127, 16)),
+    Case("bias-tiles-seen-by-a-corner", _corners),
 ]

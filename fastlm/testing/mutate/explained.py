@@ -23,8 +23,27 @@ _BAD_PLACE = (
     "No case can have a length or a page outside the cache: check() refuses it on CPU tensors. On the"
     " simulator tests/test_triton_decode.py has such ones, and catches this."
 )
-_SECOND = "One of two for a step, or before the first one: no access lies between it and another barrier."
-_SAME_WAIT = "The copies join the next group, and every wait for them waits for that one as well."
+_READS = (
+    "Only reads of what the barrier before it made visible lie between the two, and the next one stands"
+    " before the first write."
+)
+_WAITED = (
+    "The copies go where a product has read that every warp waited for before the barrier that its step"
+    " begins with, or has in its middle."
+)
+_PRIVATE = (
+    "What is exchanged behind the loop stays inside one warp, and lies where no product of the last step"
+    " reads."
+)
+_JOINS = (
+    "The wait behind the next product is for this one too; until then nothing touches its accumulators or"
+    " overwrites its operands."
+)
+_FENCED = "What this product reads, the fence before the product ahead of it has covered."
+_FRESH = (
+    "This product's registers are fresh: the fence before the product ahead of it comes after the last other"
+    " use of any."
+)
 
 REASONS: list[Reason] = [
     Reason("add_partials", r"total = tl\.sum", _TO_WARP, _ONE_WARP),
@@ -85,12 +104,6 @@ REASONS: list[Reason] = [
         "0 / 0 and x / inf become 0 as well: NaN converted to an integer is 0, and x / inf rounds to it.",
     ),
     Reason(
-        "split_kernel|norm_backward|_(forward|dq|dkv|dbias)_kernel",
-        ".*tl.load",
-        r"cp\.async\.commit_group deleted",
-        _SAME_WAIT,
-    ),
-    Reason(
         "split_kernel",
         "if begin >= end",
         "begin >= end",
@@ -114,14 +127,8 @@ REASONS: list[Reason] = [
     Reason(
         "matmul_kernel",
         r".*tl\.load",
-        r"cp\.async\.wait_group 4 ",
-        "Triton waits for the same copies twice, and for a step's second half once more: one wait suffices.",
-    ),
-    Reason(
-        "matmul_kernel",
-        r".*tl\.load",
         r"bar\.sync 0 ",
-        _SECOND,
+        _READS,
     ),
     Reason(
         "matmul_kernel",
@@ -129,12 +136,26 @@ REASONS: list[Reason] = [
         r"cp\.async\.wait_group 0 -> ",
         "Of the groups after the last step the newest is empty.",
     ),
+    Reason("_(forward|dq)_kernel", r"return tl\.load", r"bar\.sync 0 ", _WAITED),
+    Reason("_dq_kernel", r"j = j0", r"bar\.sync 0 ", _PRIVATE),
+    Reason("_dkv_kernel", r"h, i0 = ", r"bar\.sync 0 ", _PRIVATE),
+    Reason("_dkv_kernel", r"dropped = |ds \*= ", _TO_WARP, _ONE_WARP),
+    Reason("_dkv_kernel", r"return tl\.dot", r"wgmma\.commit_group", _JOINS),
+    Reason("_dkv_kernel", r"$", r"wgmma\.wait_group\.sync\.aligned 0", _JOINS),
+    Reason("_d(q|kv|bias)_kernel", r".*tl\.dot", r"fence\.proxy\.async", _FENCED),
+    Reason("_dq_kernel", r"dp = tl\.dot", r"wgmma\.fence", _FRESH),
+    Reason(
+        "hide",
+        r"if \(j1 >= nk\)",
+        r"j1 - i0 > high|j0 - i1 < low",
+        "Where they are equal the tile hides no key, and asking each key finds so.",
+    ),
     Reason(
         "finish_in_parts", "if COLS", "COLS <= PART", "Two halves give what one part of that width gives."
     ),
     Reason(
         "_dbias_kernel",
-        r"@triton\.jit",  # where Triton puts the barrier before a tile that comes through registers
+        r"@triton\.jit|return tl\.load",  # where Triton puts the barrier before a tile from registers
         r"bar\.sync 0 ",
         "No case has a program sum two heads: tests/test_triton_bias_gradient.py does, and catches this.",
     ),
@@ -143,6 +164,20 @@ REASONS: list[Reason] = [
         r"if tile \* BM >= nq",
         ">=|tile",
         "A tile that begins where its sequence ends has no rows: it stores nothing.",
+    ),
+    Reason(
+        "_dkv_kernel",
+        r"if tile \* BN >= written",
+        ">=|tile",
+        "A tile that begins where its sequence ends has no rows: it stores nothing.",
+    ),
+    Reason("_dkv_kernel", "end = ", "j0 < nk", "Of no keys every weight is 0."),
+    Reason(
+        "_dkv_kernel",
+        r"base = tl\.load",
+        "tl.load",
+        "Rows outside have a q, dout and delta of 0: whatever their weight, they add 0 (Triton loads 0, if"
+        " told nothing).",
     ),
     Reason("_dq_kernel", r"base = in_log2\(tl\.load", "tl.load", "Rows outside are not stored."),
     Reason("sigmoid", "return", "z < 0", "Of 0 both sides are 1/2."),

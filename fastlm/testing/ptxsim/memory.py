@@ -113,7 +113,7 @@ class Shared:
         return None
 
     def released(self, cells: np.ndarray, epochs: np.ndarray) -> None:
-        """A wgmma that read these has been waited for: each warp waits for its own part, in its block's epoch.
+        """A wgmma that read these has been waited for, by each warp for itself, in these epochs of its block.
 
         So it counts as a read by several warps: who writes here needs a barrier behind the wait.
         """
