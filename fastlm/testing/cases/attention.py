@@ -59,7 +59,7 @@ def _bias(*shape, dtype=None, **options):
 
 def _corners(d):
     """Of a tile of 64 queries and 32 keys, or of 32 and 32, the window keeps one pair in a corner."""
-    return qkv(d, 1, 2, 67, 66, 20) | {"bias": d.normal(2, 67, 66), "window": (1, 1)}
+    return qkv(d, 1, 2, 67, 67, 20) | {"bias": d.normal(2, 67, 67), "window": (1, 1)}
 
 
 def _scalar_bias(d):
