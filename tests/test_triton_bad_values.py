@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from test_attention_varlen import BAD_STARTS, judge_bad_starts
 
-import fastlm  # noqa: F401
 from fastlm.testing import ptxsim
 
 
@@ -22,3 +22,9 @@ def test_cross_entropy_of_a_target_that_is_no_class_is_nan_and_reads_nothing_out
     )
     torch.testing.assert_close(loss[good], expected)
     assert dx[good].isfinite().all() and not dx[1].isfinite().logical_and(dx[1] != 0).any()
+
+
+@pytest.mark.parametrize("name", BAD_STARTS)
+def test_bad_starts_leave_nothing_uninitialised_and_reach_nothing_outside(name):
+    with ptxsim.device("sm_80"):
+        judge_bad_starts("triton", name)
