@@ -23,6 +23,10 @@ _BAD_PLACE = (
     "No case can have a length or a page outside the cache: check() refuses it on CPU tensors. On the"
     " simulator tests/test_triton_decode.py has such ones, and catches this."
 )
+_BAD_STARTS = (
+    "No case can have a row of no sequence: check() refuses it on CPU tensors. On the simulator"
+    " tests/test_triton_bad_values.py has such ones, and catches this."
+)
 _READS = (
     "Only reads of what the barrier before it made visible lie between the two, and the next one stands"
     " before the first write."
@@ -175,10 +179,14 @@ REASONS: list[Reason] = [
     Reason(
         "_dkv_kernel",
         r"base = tl\.load",
-        "tl.load",
+        "tl.load|i < nq",
         "Rows outside have a q, dout and delta of 0: whatever their weight, they add 0 (Triton loads 0, if"
         " told nothing).",
     ),
+    Reason("_dbias_kernel", r"base = tl\.load", "tl.load|i < queries", "Rows outside are not stored."),
+    Reason("_dq_kernel|_dkv_kernel|_forward_kernel", r"if .*tile == 0", "tile == 0|needs_dq", _BAD_STARTS),
+    Reason("zero_gaps|owned_rows", r"rows = tl\.where|begin = |return begin", "rows <|b ==", _BAD_STARTS),
+    Reason("_forward_kernel", r"rows = |tl\.store\(lse \+ \(rows", "rows|tl.store", _BAD_STARTS),
     Reason("_dq_kernel", r"base = in_log2\(tl\.load", "tl.load", "Rows outside are not stored."),
     Reason("sigmoid", "return", "z < 0", "Of 0 both sides are 1/2."),
     Reason("normal", "return", "z < 0", "Of 0 both sides are 1/2."),
