@@ -9,8 +9,8 @@ from fastlm.testing.cases import Draw
 
 
 def running(backend):
-    """A context in which it takes CPU tensors: Triton's kernels are simulated."""
-    return ptxsim.device("sm_80") if backend == "triton" else nullcontext()
+    """A context in which it takes CPU tensors: kernels for GPUs are simulated."""
+    return ptxsim.device("sm_80") if backend in ("cuda", "triton") else nullcontext()
 
 
 def lengths_of(*lengths):

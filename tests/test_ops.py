@@ -27,9 +27,9 @@ def _is_often(backend, arch, number, case, dtype):
 
 def _points():
     for name, op in OPS.items():
-        for number, case in enumerate(cases_of(name)[0]):
-            for dtype in case.dtypes:
-                for backend in op.backends:
+        for backend in op.backends:
+            for number, case in enumerate(cases_of(name, backend)[0]):
+                for dtype in case.dtypes:
                     short = str(dtype).removeprefix("torch.")
                     simulated = backend in ("cuda", "triton") and device_of(backend) == "cpu"
                     for arch in ARCHS if simulated else (None,):
@@ -40,9 +40,15 @@ def _points():
                         yield pytest.param(name, backend, arch, case, dtype, id=id, marks=marks)
 
 
+def _is_small(case, dtype):
+    """Of few numbers the reference may be right by luck; of many a simulated launch takes up to a second."""
+    given = case.inputs(Draw(0, dtype)).values()
+    return sum(t.numel() for t in given if isinstance(t, torch.Tensor)) < 2000
+
+
 @pytest.mark.parametrize(("name", "backend", "arch", "case", "dtype"), list(_points()))
 def test_kernel_is_as_right_as_the_reference(name, backend, arch, case, dtype):
-    seeds = SEEDS[:2] if arch else SEEDS  # a simulated launch takes up to a second
+    seeds = SEEDS[:2] if arch and not _is_small(case, dtype) else SEEDS
     with ptxsim.device(arch) if arch else nullcontext():
         _check(name, backend, case, dtype, seeds)
 

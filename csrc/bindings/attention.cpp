@@ -13,7 +13,7 @@ Tensor heads_output(at::IntArrayRef sizes, const Tensor& like, bool wanted = tru
   if (!wanted) return new_tensor({0}, like.scalar_type());
   const int64_t token = std::max<int64_t>(1, sizes[1]) * sizes[3];
   const int64_t strides[] = {std::max<int64_t>(1, sizes[2]) * token, sizes[3], token, 1};
-  return at::detail::empty_strided_cpu(sizes, strides, like.scalar_type());
+  return empty_strided_tensor(sizes, strides, like.scalar_type());
 }
 
 Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
@@ -28,9 +28,8 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
   return {out, lse};
 }
 
-// out and the values of lse are for kernels that do not see a query's keys all at once.
 Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-              const Tensor& v, const Tensor&, const Tensor& lse, const OptionalTensor& mask,
+              const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& mask,
               const OptionalTensor& bias, const OptionalTensor& kv_lengths, double scale, int64_t offset,
               int64_t left, int64_t right, double softcap, const OptionalTensor& alibi_slopes,
               double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
@@ -54,6 +53,7 @@ Four backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tens
                          .dbias = wanted ? floats_or_null(dbias) : nullptr,
                          .dbias_lost = many ? floats_or_null(lost) : nullptr,
                          .dbias_strides = {}};
+  const RowsOfLse rows(f, out.transpose(1, 2), lse);
   if (wanted) broadcast_strides(dbias, {q.size(0), q.size(1), q.size(2), k.size(2)}, f.dbias_strides);
   attention_backward(context_of(q), f);
   return {dq, dk, dv, wanted ? dbias.to(bias->scalar_type()) : new_tensor({0}, q.scalar_type())};

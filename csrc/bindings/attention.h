@@ -7,8 +7,18 @@
 
 namespace fastlm {
 
-// Read in place where the last dimension is contiguous: slices of a packed projection, transposed heads.
-inline Tensor readable(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
+// Read in place where the last dimension is contiguous: slices of a packed projection, transposed heads. A
+// GPU copies 16 bytes at a time, so there rows that do not begin at a multiple of these are copied, too.
+inline Tensor readable(const Tensor& t) {
+#if defined(FASTLM_GPU)
+  const int64_t unit = 16 / static_cast<int64_t>(t.element_size());
+  bool aligned = t.stride(-1) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < t.dim() - 1; ++d) aligned &= t.size(d) == 1 || t.stride(d) % unit == 0;
+  return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
+#else
+  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+#endif
+}
 
 // Where the rows of packed sequences start is for the caller to add.
 inline Heads heads_of(const Tensor& t) {
@@ -83,5 +93,22 @@ inline Inputs inputs_of(const Tensor& q_, const Tensor& k_, const Tensor& v_, co
   }
   return made;
 }
+
+// What only kernels need that do not see a query's keys all at once: forward's results, out with its heads
+// side by side, and their notes of each row. Keeps copies alive.
+struct RowsOfLse {
+#if defined(FASTLM_GPU)
+  Tensor out, lse, rows;
+
+  RowsOfLse(AttentionBackward& f, const Tensor& out_, const Tensor& lse_)
+      : out(out_.contiguous()), lse(lse_.contiguous()), rows(new_tensor({3, lse.numel()}, at::kFloat)) {
+    f.out = out.const_data_ptr();
+    f.lse = lse.const_data_ptr<float>();
+    f.rows = rows.mutable_data_ptr<float>();
+  }
+#else
+  RowsOfLse(AttentionBackward&, const Tensor&, const Tensor&) {}
+#endif
+};
 
 }  // namespace fastlm

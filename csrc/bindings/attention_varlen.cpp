@@ -1,6 +1,8 @@
-#include <vector>
-
 #include "attention.h"
+
+#if !defined(FASTLM_GPU)
+#include <vector>
+#endif
 
 namespace fastlm {
 namespace {
@@ -8,12 +10,28 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Where sequences start, ascending within [0, tokens] whatever was given: nothing outside the tensors is ever
-// read or written.
-std::vector<int32_t> starts_of(const Tensor& cu_seqlens, int64_t tokens) {
+// Where sequences start: `data`, for the kernels. Nothing outside the tensors is ever read or written.
+#if defined(FASTLM_GPU)
+// As it was given: its values are in the GPU's memory, and the kernels see to them and to what they leave
+// out.
+struct Starts {
+  Tensor given;
+  const int32_t* data() const { return given.const_data_ptr<int32_t>(); }
+};
+
+Starts starts_of(const Tensor& cu_seqlens, int64_t) { return {cu_seqlens.contiguous()}; }
+
+void fill_outside(const Tensor& t, int64_t, const Starts& starts, double value) {
+  if (starts.given.numel() <= 1) t.fill_(value);  // no sequence, no kernel
+}
+#else
+using Starts = std::vector<int32_t>;
+
+// Ascending within [0, tokens] whatever was given.
+Starts starts_of(const Tensor& cu_seqlens, int64_t tokens) {
   const Tensor given_starts = cu_seqlens.contiguous();
   const int32_t* values = given_starts.const_data_ptr<int32_t>();
-  std::vector<int32_t> made(values, values + given_starts.numel());
+  Starts made(values, values + given_starts.numel());
   int32_t last = 0;
   const int32_t most = static_cast<int32_t>(std::min<int64_t>(tokens, INT32_MAX));
   for (int32_t& start : made) start = last = std::clamp(start, last, most);
@@ -21,26 +39,30 @@ std::vector<int32_t> starts_of(const Tensor& cu_seqlens, int64_t tokens) {
 }
 
 // Fills what is of no sequence along `axis`, which runs over tokens.
-void fill_outside(const Tensor& t, int64_t axis, const std::vector<int32_t>& starts, double value) {
+void fill_outside(const Tensor& t, int64_t axis, const Starts& starts, double value) {
   const int64_t begin = starts.front(), end = starts.back(), tokens = t.size(axis);
   if (begin > 0) t.narrow(axis, 0, begin).fill_(value);
   if (end < tokens) t.narrow(axis, end, tokens - end).fill_(value);
 }
+#endif
 
 // The arguments of both directions as those of the attention kernels, and what keeps them alive.
 struct Packed {
-  std::vector<int32_t> q_starts, k_starts;
+  Starts q_starts, k_starts;
   Inputs inputs;
 };
 
 Packed packed_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                 const Tensor& cu_seqlens_k, double scale, bool top_left, int64_t left, int64_t right,
-                 double softcap, const OptionalTensor& slopes, double dropout_p, const OptionalTensor& seed) {
+                 const Tensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double scale, bool top_left,
+                 int64_t left, int64_t right, double softcap, const OptionalTensor& slopes, double dropout_p,
+                 const OptionalTensor& seed) {
   Packed made = {starts_of(cu_seqlens_q, q.size(0)), starts_of(cu_seqlens_k, k.size(0)),
                  inputs_of(q, k, v, {}, {}, {}, scale, 0, left, right, softcap, {}, dropout_p, seed)};
   AttentionInputs& in = made.inputs.in;
   in.batch = cu_seqlens_q.size(0) - 1;
   in.bottom_right = !top_left;
+  in.longest_q = max_q;
+  in.longest_k = max_k;
   in.q.starts = made.q_starts.data();
   in.k.starts = in.v.starts = made.k_starts.data();
   if (given(slopes)) {
@@ -51,11 +73,11 @@ Packed packed_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 }
 
 Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-            const Tensor& cu_seqlens_k, int64_t, int64_t, double scale, bool top_left, int64_t left,
-            int64_t right, double softcap, const OptionalTensor& alibi_slopes, double dropout_p,
+            const Tensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double scale, bool top_left,
+            int64_t left, int64_t right, double softcap, const OptionalTensor& alibi_slopes, double dropout_p,
             const OptionalTensor& seed) {
-  const Packed packed = packed_of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, top_left, left, right, softcap,
-                                  alibi_slopes, dropout_p, seed);
+  const Packed packed = packed_of(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left,
+                                  right, softcap, alibi_slopes, dropout_p, seed);
   const Tensor out = new_tensor({q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   const Tensor lse = float_output({q.size(1), q.size(0)}, q);
   fill_outside(out, 0, packed.q_starts, 0);
@@ -65,20 +87,19 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_
 }
 
 // A gradient of t, zero outside the sequences.
-Tensor gradient_like(const Tensor& t, const std::vector<int32_t>& starts, bool wanted) {
+Tensor gradient_like(const Tensor& t, const Starts& starts, bool wanted) {
   const Tensor made = output_like(t, wanted);
   if (wanted) fill_outside(made, 0, starts, 0);
   return made;
 }
 
-// out and the values of lse are for kernels that do not see a query's keys all at once.
 Three backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-               const Tensor& v, const Tensor&, const Tensor&, const Tensor& cu_seqlens_q,
-               const Tensor& cu_seqlens_k, int64_t, int64_t, double scale, bool top_left, int64_t left,
-               int64_t right, double softcap, const OptionalTensor& alibi_slopes, double dropout_p,
-               const OptionalTensor& seed, const std::array<bool, 3>& needs) {
-  const Packed packed = packed_of(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, top_left, left, right, softcap,
-                                  alibi_slopes, dropout_p, seed);
+               const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+               const Tensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double scale, bool top_left,
+               int64_t left, int64_t right, double softcap, const OptionalTensor& alibi_slopes,
+               double dropout_p, const OptionalTensor& seed, const std::array<bool, 3>& needs) {
+  const Packed packed = packed_of(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, top_left, left,
+                                  right, softcap, alibi_slopes, dropout_p, seed);
   const Tensor dq = gradient_like(q, packed.q_starts, needs[0]);
   const Tensor dk = gradient_like(k, packed.k_starts, needs[1]);
   const Tensor dv = gradient_like(v, packed.k_starts, needs[2]);
@@ -92,6 +113,7 @@ Three backward(const OptionalTensor& dout, const OptionalTensor& dlse, const Ten
                          .dv = data_or_null(dv),
                          .dbias = nullptr,
                          .dbias_strides = {}};
+  const RowsOfLse rows(f, out, lse);
   f.dout.starts = f.in.q.starts;
   attention_backward(context_of(q), f);
   return {dq, dk, dv};

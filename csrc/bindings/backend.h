@@ -58,9 +58,14 @@ struct GuardedLibrary {
 
 inline Context context_of(const Tensor&) { return {nullptr, c10::cuda::getCurrentCUDAStream().stream()}; }
 
+inline c10::Device current_device() { return c10::Device(c10::kCUDA, c10::cuda::current_device()); }
+
 inline Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type) {
-  return at::detail::empty_cuda(sizes, type, c10::Device(c10::kCUDA, c10::cuda::current_device()),
-                                std::nullopt);
+  return at::detail::empty_cuda(sizes, type, current_device(), std::nullopt);
+}
+
+inline Tensor empty_strided_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) {
+  return at::detail::empty_strided_cuda(sizes, strides, type, current_device());
 }
 
 #else
@@ -94,6 +99,10 @@ inline Context context_of(const Tensor&) { return {&run_parallel, nullptr}; }
 
 inline Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type) {
   return at::detail::empty_cpu(sizes, type);
+}
+
+inline Tensor empty_strided_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) {
+  return at::detail::empty_strided_cpu(sizes, strides, type);
 }
 
 #endif

@@ -10,7 +10,9 @@ namespace fastlm {
 struct Heads {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, seq = 0;
-  const int32_t* starts = nullptr;  // [batch + 1], ascending within the tensor's rows; null: not packed
+  // [batch + 1], ascending within the tensor's rows; null: not packed. On a GPU in its memory and whatever
+  // the caller gave: sequence b starts at the largest of starts[: b + 1] that is within the tensor.
+  const int32_t* starts = nullptr;
 };
 
 // What scaled dot-product attention reads. Query head h reads key and value head h / (heads / kv_heads).
@@ -21,7 +23,7 @@ struct Heads {
 // packed sequences i and j count inside their own one; q, k and v have starts (q's, and one for k and v),
 // there is neither mask nor bias nor kv_lengths, and what [batch, seq, heads, dim] and [batch, heads,
 // queries] below call batch and seq is all tokens, [tokens, heads, dim] and [heads, tokens]; what is of no
-// token of any sequence is not written.
+// token of any sequence a CPU does not write, and a GPU as if it had nothing to attend to.
 struct AttentionInputs {
   DType dtype;                                                    // of q, k, v
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // packed: queries, keys of all sequences
@@ -39,6 +41,8 @@ struct AttentionInputs {
   const float* alibi_slopes;
   int64_t alibi_strides[2];  // of [batch, heads]
   Dropout dropout;           // of p_ij: counter (j >> 2, i, b * heads + h, 0), lane j & 3
+  // On a GPU: of a packed sequence only so many rows are one; the rest is of no sequence.
+  int64_t longest_q = 0, longest_k = 0;
 };
 
 // lse_i = log(sum_j exp(s_ij)); p_ij = exp(s_ij - lse_i), kept or dropped; out_i = sum_j p_ij v_j.
@@ -64,6 +68,11 @@ struct AttentionBackward {
   float* dbias;              // zeros in bias's shape, contiguous
   float* dbias_lost;         // null, or likewise: what the sums of many heads have rounded away
   int64_t dbias_strides[4];  // 0 where bias is broadcast: its gradient is summed there
+  // On a GPU: what forward gave, and room for three numbers of each row of lse, which the kernel of dq leaves
+  // for the others.
+  const void* out = nullptr;
+  const float* lse = nullptr;
+  float* rows = nullptr;
 };
 void attention_backward(const Context& context, const AttentionBackward& a);
 

@@ -28,8 +28,17 @@ struct DecodeAttention {
   const float* alibi_slopes;  // may be null
   int64_t alibi_batch, alibi_head;
   void* out;
-  float* lse;  // [batch, heads, queries], contiguous
+  float* lse;                // [batch, heads, queries], contiguous
+  float* scratch = nullptr;  // of decode_scratch() floats
 };
+
+// What the caller allocates, so that a GPU's allocator keeps it for the stream: by shapes alone.
+#if defined(FASTLM_GPU)
+int64_t decode_scratch(const DecodeAttention& a);
+#else
+inline int64_t decode_scratch(const DecodeAttention&) { return 0; }  // a CPU's threads have their own
+#endif
+
 void decode_attention(const Context& context, const DecodeAttention& a);
 
 }  // namespace fastlm

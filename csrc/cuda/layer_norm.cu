@@ -136,34 +136,6 @@ __device__ void project(float rstd, float g_mean, float gn_mean, const float (&n
   for (int i = 0; i < kSumItems; ++i) g[i] = (g[i] - g_mean - n[i] * gn_mean) * rstd;
 }
 
-// Writes a block's sums, kWidth columns a thread: those of its warps, where each had rows of its own, in
-// order.
-template <int kWidth, Team kTeam>
-__device__ void store_sums(const Place& at, const float (&sums)[kSumItems], int64_t cols, float* out) {
-  if constexpr (kTeam == Team::kBlock) {
-    for_items<kWidth, kSumItems>(at, 0, cols, [&](int i, int64_t col) {
-      float values[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) values[k] = sums[i + k];
-      store<kWidth>(values, out + col);
-    });
-  } else {
-    __shared__ float of_warps[kWarpThreads / 32][32 * kSumItems];
-    __syncthreads();  // the call before may still read of_warps
-    for_items<kWidth, kSumItems>(at, 0, cols, [&](int i, int64_t col) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) of_warps[threadIdx.x / 32][col + k] = sums[i + k];
-    });
-    __syncthreads();
-    for (int col = threadIdx.x; col < cols; col += kWarpThreads) {
-      float sum = of_warps[0][col];
-#pragma unroll
-      for (int warp = 1; warp < kWarpThreads / 32; ++warp) sum += of_warps[warp][col];
-      out[col] = sum;
-    }
-  }
-}
-
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
 template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
@@ -190,8 +162,8 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   if (!a.partial) return;
   float* out = a.partial + static_cast<int64_t>(blockIdx.x) * 2 * a.cols;
-  store_sums<kWidth, kTeam>(at, dweight, a.cols, out);
-  store_sums<kWidth, kTeam>(at, dbias, a.cols, out + a.cols);
+  store_sums<kWidth, kTeam>(at, 0, a.cols, dweight, out);
+  store_sums<kWidth, kTeam>(at, 0, a.cols, dbias, out + a.cols);
 }
 
 // dx and dresidual of one long row; where only h was used (dy is null), of a row of any length.

@@ -61,12 +61,4 @@ __device__ void store_gradients(const Args& a, const DropoutScale& dropout, cons
   });
 }
 
-// The rows of block `block` of `blocks`: [first, last).
-struct RowRange {
-  int64_t first, last;
-};
-__device__ inline RowRange rows_of_block(int64_t rows, int64_t block, int64_t blocks) {
-  return {block * rows / blocks, (block + 1) * rows / blocks};
-}
-
 }  // namespace fastlm

@@ -93,6 +93,26 @@ __device__ Place place() {
   return {blockIdx.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 }
 
+// Elementwise kernels: a warp takes a piece of a row, kPieceItems elements a thread. A row of one dimension,
+// however long, is spread over the whole GPU.
+constexpr int kPieceItems = 8;  // 16 bytes of half precision: with 64 warps 32 KB of each operand under way
+constexpr int64_t kPiece = 32 * kPieceItems;
+
+inline int64_t pieces_of(int64_t cols) { return (cols + kPiece - 1) / kPiece; }
+inline int64_t piece_blocks(int64_t rows, int64_t cols) {
+  return (rows * pieces_of(cols) + kWarpThreads / 32 - 1) / (kWarpThreads / 32);
+}
+
+struct PiecePlace : Place {
+  int64_t start;  // its first column
+};
+
+// Of the warp that calls, with `pieces` to a row; its row may be past the last.
+__device__ inline PiecePlace piece_place(int64_t pieces) {
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kWarpThreads / 32) + threadIdx.x / 32;
+  return {{warp / pieces, static_cast<int>(threadIdx.x % 32), 32}, warp % pieces * kPiece};
+}
+
 // Calls f(i, col) for this thread's groups of kWidth columns in [start, end): its items i ... i + kWidth - 1.
 // Neighbouring threads take neighbouring groups.
 template <int kWidth, int kItems, class F>
@@ -153,29 +173,58 @@ __device__ void store(const float (&from)[kWidth], T* to) {
   }
 }
 
+// This thread's elements of a row from column `start` on; `outside` from `end` on.
+template <int kWidth, int kItems, class T>
+__device__ void load_items(const T* row, const Place& at, int64_t start, int64_t end, float (&to)[kItems],
+                           float outside = 0) {
+#pragma unroll
+  for (float& v : to) v = outside;
+  for_items<kWidth, kItems>(at, start, end, [&](int i, int64_t col) {
+    float values[kWidth];
+    load<kWidth>(row + col, values);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) to[i + k] = values[k];
+  });
+}
+
+// Writes them to columns of a row.
+template <int kWidth, int kItems, class T>
+__device__ void store_items(const float (&from)[kItems], const Place& at, int64_t start, int64_t end,
+                            T* row) {
+  for_items<kWidth, kItems>(at, start, end, [&](int i, int64_t col) {
+    float values[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) values[k] = from[i + k];
+    store<kWidth>(values, row + col);
+  });
+}
+
 struct Add {
   static constexpr float kNothing = 0.0f;
-  __device__ float operator()(float a, float b) const { return a + b; }
+  template <class V>
+  __device__ V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 struct Max {  // of NaN and a number the number
   static constexpr float kNothing = -INFINITY;
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-template <class Op>
-__device__ float warp_all(float v, Op op) {
+template <class V, class Op>
+__device__ V warp_all(V v, Op op) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, lane));
   return v;
 }
 
 // Each of N numbers, over all threads of a row's team: all receive the same bits. The whole team calls it.
-template <Team kTeam, class Op, int N>
-__device__ void team_all(float (&v)[N], Op op) {
+template <Team kTeam, class V, class Op, int N>
+__device__ void team_all(V (&v)[N], Op op) {
 #pragma unroll
   for (int k = 0; k < N; ++k) v[k] = warp_all(v[k], op);
   if constexpr (kTeam != Team::kWarp) {
-    __shared__ float of_warps[N][32];
+    __shared__ V of_warps[N][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     __syncthreads();  // the call before may still read of_warps
 #pragma unroll
@@ -184,7 +233,7 @@ __device__ void team_all(float (&v)[N], Op op) {
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < N; ++k) v[k] = warp_all(lane < warps ? of_warps[k][lane] : Op::kNothing, op);
+    for (int k = 0; k < N; ++k) v[k] = warp_all<V>(lane < warps ? of_warps[k][lane] : Op::kNothing, op);
   }
 }
 

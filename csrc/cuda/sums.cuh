@@ -2,8 +2,42 @@
 #pragma once
 
 #include "launch.cuh"
+#include "rows.cuh"
 
 namespace fastlm {
+
+// The rows of block `block` of `blocks`: [first, last).
+struct RowRange {
+  int64_t first, last;
+};
+__device__ inline RowRange rows_of_block(int64_t rows, int64_t block, int64_t blocks) {
+  return {block * rows / blocks, (block + 1) * rows / blocks};
+}
+
+// Writes a block's sums of columns [start, cols) to out, where column 0 is: those of its warps, where each
+// had rows of its own, added up in order.
+template <int kWidth, Team kTeam, int kItems>
+__device__ void store_sums(const Place& at, int64_t start, int64_t cols, const float (&sums)[kItems],
+                           float* out) {
+  if constexpr (kTeam == Team::kBlock) {
+    store_items<kWidth>(sums, at, start, cols, out);
+  } else {
+    __shared__ float of_warps[kWarpThreads / 32][32 * kItems];
+    __syncthreads();  // the call before may still read of_warps
+    for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t col) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) of_warps[threadIdx.x / 32][col - start + k] = sums[i + k];
+    });
+    __syncthreads();
+    const int64_t last = min(cols, start + 32 * kItems);
+    for (int64_t col = start + threadIdx.x; col < last; col += kWarpThreads) {
+      float sum = of_warps[0][col - start];
+#pragma unroll
+      for (int warp = 1; warp < kWarpThreads / 32; ++warp) sum += of_warps[warp][col - start];
+      out[col] = sum;
+    }
+  }
+}
 
 constexpr int kSumCols = 32, kSumParts = 16;  // of a block: 128 bytes of columns, 16 partial sums at a time
 

@@ -92,6 +92,11 @@ def _fake_forward(*_):
     return None
 
 
+def _cuda_limits(k, v, k_cache, v_cache, *_):
+    """Caches whose last dimension is not contiguous."""
+    return _scattered("cuda", k_cache, v_cache)
+
+
 def _cpu_limits(k, v, k_cache, v_cache, *_):
     """Caches whose last dimension is not contiguous."""
     return _scattered("cpu", k_cache, v_cache)
@@ -122,7 +127,7 @@ OP = Op(
         " Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
         _fake_forward,
     ),
-    backends={"triton": _triton_limits, "cpu": _cpu_limits},
+    backends={"cuda": _cuda_limits, "triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

@@ -17,6 +17,7 @@ from ._autocast import matmul_operands
 
 LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
 LARGEST_TRITON_HEAD = 256  # ... and a GPU's registers
+CUDA_HEADS = (32, 64, 96, 128, 256)  # columns of a head that csrc/cuda has tiles of
 _INF = float("inf")
 
 
@@ -122,6 +123,24 @@ def _cpu_limits(q, k, v, *_):
     return None
 
 
+def cuda_heads_missing(op, dim, dim_v):
+    """Why the CUDA kernels have no tiles of such heads; None if they do."""
+    if dim == dim_v and dim in CUDA_HEADS:
+        return None
+    known = ", ".join(map(str, CUDA_HEADS))
+    got = dim if dim == dim_v else f"{dim} with values of {dim_v}"
+    return f"{op}.cuda takes heads as wide in v as in q, of {known}; triton takes others, got {got}"
+
+
+def _cuda_limits(q, k, v, mask, bias, *_):
+    """Head dims other than 32, 64, 96, 128 and 256; in half precision a bias of one number a head."""
+    if bias is not None and bias.shape[2] == bias.shape[3] == 1 and q.dtype != torch.float32:
+        # out does not hang on it: its gradient is a sum of roundings, and out's are half precision's
+        wanted = "a bias that differs between queries or keys in half precision"
+        return f"attention.cuda takes {wanted}; triton takes others, got one of {tuple(bias.shape)}"
+    return cuda_heads_missing("attention", q.shape[3], v.shape[3])
+
+
 def _triton_limits(q, k, v, *_):
     """Head dims above 256."""
     largest = max(q.shape[3], v.shape[3])
@@ -148,7 +167,7 @@ OP = Op(
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"triton": _triton_limits, "cpu": _cpu_limits},
+    backends={"cuda": _cuda_limits, "triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

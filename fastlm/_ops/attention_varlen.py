@@ -110,6 +110,11 @@ def _cpu_limits(q, k, v, *_):
     return None
 
 
+def _cuda_limits(q, k, v, *_):
+    """Head dims other than 32, 64, 96, 128 and 256."""
+    return _dense.cuda_heads_missing("attention_varlen", q.shape[2], v.shape[2])
+
+
 def _triton_limits(q, k, v, *_):
     """Head dims above 256."""
     largest = max(q.shape[2], v.shape[2])
@@ -132,7 +137,7 @@ OP = Op(
         " bool[3] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
         _fake_backward,
     ),
-    backends={"triton": _triton_limits, "cpu": _cpu_limits},
+    backends={"cuda": _cuda_limits, "triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

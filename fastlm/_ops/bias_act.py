@@ -72,7 +72,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

@@ -119,7 +119,7 @@ OP = Op(
         " int ignore_index, float label_smoothing, float z_loss, str reduction) -> (Tensor dlogits)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

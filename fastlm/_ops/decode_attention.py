@@ -16,6 +16,8 @@ from .attention import AttentionOutput
 from .attention import reference as attention_reference
 
 _LARGEST_HEAD = 512  # columns of a head that a CPU tile holds
+_LARGEST_CUDA_HEAD = 256  # whose sums fit into a warp's registers
+_LARGEST_FLOAT32_CUDA_HEAD = 128  # the same, beside numbers in three parts
 _LARGEST_TRITON_HEAD = 256  # that a Triton tile holds
 
 
@@ -90,6 +92,15 @@ def _fake_forward(q, k_cache, v_cache, *_):
     return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
+def _cuda_limits(q, k_cache, v_cache, *_):
+    """Head dims above 256; in float32 above 128."""
+    largest = max(q.shape[3], v_cache.shape[3])
+    if q.dtype == torch.float32 and _LARGEST_FLOAT32_CUDA_HEAD < largest <= _LARGEST_TRITON_HEAD:
+        own = f"decode_attention.cuda takes head dims up to {_LARGEST_FLOAT32_CUDA_HEAD} in float32"
+        return f"{own}, got {largest}: backend='triton' takes them up to {_LARGEST_TRITON_HEAD}"
+    return _too_wide("cuda", _LARGEST_CUDA_HEAD, q, v_cache)
+
+
 def _cpu_limits(q, k_cache, v_cache, *_):
     """Head dims above 512."""
     return _too_wide("cpu", _LARGEST_HEAD, q, v_cache)
@@ -117,7 +128,7 @@ OP = Op(
         " -> (Tensor out, Tensor lse)",
         _fake_forward,
     ),
-    backends={"triton": _triton_limits, "cpu": _cpu_limits},
+    backends={"cuda": _cuda_limits, "triton": _triton_limits, "cpu": _cpu_limits},
 )
 
 

@@ -49,7 +49,7 @@ OP = Op(
     check=check,
     forward=("(Tensor x, Tensor? residual, float dropout_p, Tensor? seed) -> (Tensor y)", _fake_forward),
     backward=("(Tensor dy, float dropout_p, Tensor? seed) -> (Tensor dx)", _fake_backward),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
     shared_gradients={"residual": "dy"},
 )
 

@@ -65,7 +65,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

@@ -45,7 +45,7 @@ OP = Op(
         "(Tensor dy, Tensor gate, Tensor up, str activation, bool[2] needs) -> (Tensor dgate, Tensor dup)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

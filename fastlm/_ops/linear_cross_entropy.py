@@ -81,7 +81,7 @@ OP = Op(
         " str reduction, bool[3] early, bool[3] needs) -> (Tensor dx, Tensor dweight, Tensor dbias)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

@@ -61,7 +61,7 @@ OP = Op(
         " -> (Tensor dx, Tensor dweight, Tensor dresidual)",
         _fake_backward,
     ),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
     shared_gradients={"residual": "dx"},  # without dropout
 )
 

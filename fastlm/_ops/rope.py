@@ -64,7 +64,7 @@ OP = Op(
     check=check,
     forward=("(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> (Tensor y)", _fake),
     backward=("(Tensor dy, Tensor cos, Tensor sin, bool interleaved) -> (Tensor dx)", _fake),
-    backends={"triton": None, "cpu": None},
+    backends={"cuda": None, "triton": None, "cpu": None},
 )
 
 

@@ -49,7 +49,7 @@ def why_not(op: str, backend: str) -> str | None:
     """None if `backend` can run the op's first case where it lives, else the reason."""
     if (reason := _absent(backend)) is not None:
         return reason
-    inputs = moved(cases_of(op)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
+    inputs = moved(cases_of(op, backend)[0][0].inputs(Draw(0, torch.float32)), device_of(backend))
     return fastlm.explain(op, **inputs).reasons[backend]
 
 
@@ -80,8 +80,8 @@ def _planned() -> list[tuple]:
     """(op, backend, case, dtype): every op's first case comes first, so that a short test meets all ops."""
     found = []
     for op, declared in OPS.items():
-        for turn, case in enumerate(cases_of(op)[0]):
-            for backend in declared.backends:
+        for backend in declared.backends:
+            for turn, case in enumerate(cases_of(op, backend)[0]):
                 if _absent(backend) is None:
                     found += [(turn, op, backend, case, dtype) for dtype in case.dtypes]
     return [point[1:] for point in sorted(found, key=lambda point: point[0])]

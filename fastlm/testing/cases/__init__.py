@@ -1,6 +1,7 @@
 """The inputs on which every op is tested, benchmarked and verified: one module per op.
 
-A module has DIFFERENTIABLE, the names of the arguments that have a gradient, and CASES.
+A module has DIFFERENTIABLE, the names of the arguments that have a gradient, and CASES; and CASES_OF by
+backend, if one's kernels take only some shapes.
 """
 
 import importlib
@@ -59,7 +60,7 @@ def p_at_a_word(seed: int, row: int) -> float:
     return philox(torch.tensor([seed]), (0, row, 0, 0))[0].item() / 4294967296.0
 
 
-def cases_of(op: str) -> tuple[list[Case], tuple[str, ...]]:
-    """(cases, names of the differentiable arguments) of an op."""
+def cases_of(op: str, backend: str | None = None) -> tuple[list[Case], tuple[str, ...]]:
+    """(cases, names of the differentiable arguments) of an op; backend: in shapes that its kernels take."""
     module = importlib.import_module(f"{__name__}.{op}")
-    return module.CASES, module.DIFFERENTIABLE
+    return getattr(module, "CASES_OF", {}).get(backend, module.CASES), module.DIFFERENTIABLE

@@ -3,6 +3,7 @@
 import torch
 
 from . import Case, p_at_a_word
+from .tiled_heads import tiled
 
 DIFFERENTIABLE = ("q", "k", "v", "bias")
 
@@ -196,3 +197,25 @@ CASES = [
     Case("tiles-one-key-short", _shape(1, 2, 9, 127, 16)),
     Case("bias-tiles-seen-by-a-corner", _corners),
 ]
+
+
+def _everything_of(dim):
+    """Every option at once over several tiles; v as wide as q."""
+
+    def made(d):
+        mask = d.booleans(2, 1, 70, 150, p=0.8)
+        bias = d.normal(1, 2, 70, 150).masked_fill(d.booleans(70, 150, p=0.1), -_INF)
+        inputs = qkv(d, 2, 2, 70, 150, dim, kv_heads=1) | {"causal": "bottom_right", "window": (90, None)}
+        inputs |= {"mask": mask, "bias": bias, "kv_lengths": _lengths(150, 83), "softcap": 2.0}
+        slopes = d.normal(2, 2, scale=0.1, dtype=torch.float32)
+        return inputs | {"alibi_slopes": slopes, "dropout_p": 0.2, "seed": 12, "return_lse": True}
+
+    return made
+
+
+_HEADS = [  # of every width that csrc/cuda has tiles of, in several of them
+    *(Case(f"heads-{n}", _shape(1, 2, 150, 150, n, kv_heads=1, causal=True)) for n in (32, 96, 128, 256)),
+    *(Case(f"everything-{n}", _everything_of(n)) for n in (64, 96, 128, 256)),
+    Case("unaligned", lambda d: {n: d.slice_of((2, 3, 41, 36), 3, 32) for n in "qkv"}),
+]
+CASES_OF = {"cuda": tiled(CASES) + _HEADS}

@@ -3,6 +3,7 @@
 import torch
 
 from . import Case, p_at_a_word
+from .tiled_heads import tiled
 
 DIFFERENTIABLE = ("q", "k", "v")
 
@@ -126,3 +127,10 @@ CASES = [
     Case("extreme", _extreme),
     Case("everything", _everything),
 ]
+
+
+_HEADS = [  # of every width that csrc/cuda has tiles of, in several of them
+    Case(f"heads-{n}", _shape((130, 20), (150, 40), heads=2, kv_heads=1, dim=n, causal="bottom_right"))
+    for n in (32, 96, 128, 256)
+]
+CASES_OF = {"cuda": tiled(CASES) + _HEADS}

@@ -60,9 +60,11 @@ def _toolchain():
 
 
 def sources() -> tuple[list[Path], list[Path]]:
-    """(every .cu, the bindings of those that are ops)."""
+    """(every .cu, the bindings of those that are ops and of ops made of theirs and torch's matmul)."""
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
-    bindings = [CSRC / "bindings" / f"{f.stem}.cpp" for f in kernels]
+    names = [name for f in kernels for name in (f.stem, f"{f.stem}_varlen")]
+    names += ["feed_forward", "linear_cross_entropy"]
+    bindings = [CSRC / "bindings" / f"{name}.cpp" for name in sorted(names)]
     return kernels, [f for f in bindings if f.exists()]
 
 

@@ -1,0 +1,225 @@
+// cross_entropy: (1 - e) * (lse - x_t) + e * (lse - mean(x)) + z * lse^2 for each row of logits x.
+//
+// Forward: a warp takes a row of up to 512 columns, a block a longer one, above 8192 columns going along it,
+// and reads it once: each thread keeps the maximum and the sum of exps of what it has seen (Milakov,
+// Gimelshein, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867), which are
+// joined at the row's end. One block then adds up the rows. Backward: a warp takes a piece of 256 columns,
+// one pass. In place, for linear_cross_entropy, a block turns a row into its gradient as soon as it has its
+// loss: from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by bytes:
+// logits in; logits in, dlogits out.
+#include "../contract/cross_entropy.h"
+#include "launch.cuh"
+#include "rows.cuh"
+
+namespace fastlm {
+namespace {
+
+constexpr int kItems = 16;         // elements a thread: two loads of 16 bytes of half precision
+constexpr int kMostThreads = 512;  // with 128 registers each
+
+// What row_losses_kernel writes: losses of rows, what backward needs, and gradients where they are wanted.
+struct RowLosses {
+  float *row_loss, *maximum, *exp_sum;  // [rows]
+  void* loss;                           // of the logits' type [rows], or null
+  const float* dloss;                   // [rows], or null: no dlogits
+  void* dlogits;                        // [rows, cols], contiguous; may be the logits
+};
+
+// An ignored row's target, and one that is no class, is never used as an index.
+__device__ bool is_used(const CrossEntropyInput& in, int64_t target) {
+  return target != in.ignore_index && target >= 0 && target < in.cols;
+}
+
+// Of a row: dlogits = exp(x - maximum) * scale - even, less `taken` at the target.
+struct RowGradient {
+  int64_t target;
+  float maximum, scale, even, taken;
+
+  __device__ RowGradient(const CrossEntropyInput& in, int64_t target, float maximum, float exp_sum, float d)
+      : target(target), maximum(maximum) {
+    const float lse = maximum + logf(exp_sum), cols = static_cast<float>(in.cols);
+    const float factor = in.z_loss > 0 ? 1.0f + 2.0f * in.z_loss * lse : 1.0f;
+    scale = d * factor / exp_sum;
+    even = d * (in.label_smoothing / cols);
+    taken = d * (1.0f - in.label_smoothing + in.label_smoothing / cols);
+  }
+  __device__ float of(float x, int64_t col) const {
+    return expf(x - maximum) * scale - (col == target ? taken : even);
+  }
+};
+
+__device__ float shift_of(float highest) {
+  return highest == -INFINITY ? 0.0f : highest;
+}  // -inf - -inf is NaN
+
+// What a thread has seen of a row: its maximum; sums of exp(x - maximum) and of x - shift.
+struct RowSums {
+  float maximum = -INFINITY, exps = 0, shifted = 0;
+};
+
+template <int kWidth>
+__device__ void add_items(const Place& at, int64_t start, int64_t cols, float shift, const float (&x)[kItems],
+                          RowSums& row) {
+  float higher = row.maximum, sum = 0, shifted = 0;
+#pragma unroll
+  for (float v : x) higher = fmaxf(higher, v);
+  const float around = shift_of(higher);
+#pragma unroll
+  for (float v : x) sum += expf(v - around);
+  row.exps = row.exps * expf(row.maximum - around) + sum;
+  row.maximum = higher;
+  for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) shifted += x[i + k] - shift;
+  });
+  row.shifted += shifted;  // a sum of short sums keeps the rounding error small
+}
+
+// The loss of a row that counts, of its maximum and of its sums.
+__device__ float loss_of(const CrossEntropyInput& in, float picked, float shift, float maximum, float exps,
+                         float shifted) {
+  const float log_sum = logf(exps), lse = log_sum + maximum;
+  float loss = (1.0f - in.label_smoothing) * (log_sum - (picked - maximum));  // the difference is exact
+  if (in.label_smoothing > 0) {
+    loss += in.label_smoothing * (log_sum + (maximum - shift) - shifted / static_cast<float>(in.cols));
+  }
+  if (in.z_loss > 0) loss += in.z_loss * lse * lse;
+  return loss;
+}
+
+// Writes a row's gradient; x are its elements where a thread still holds all that it takes.
+template <class T, int kWidth, Team kTeam>
+__device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g, bool used, const Place& at,
+                               float (&x)[kItems], void* dlogits) {
+  const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
+  T* to = row_at<T>(dlogits, in.cols, at.row);
+  for (int64_t start = 0; start < in.cols; start += at.threads * kItems) {
+    if (kTeam == Team::kLoop && used) load_items<kWidth>(logits, at, start, in.cols, x);
+    for_items<kWidth, kItems>(at, start, in.cols, [&](int i, int64_t col) {
+      float out[kWidth];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) out[k] = used ? g.of(x[i + k], col + k) : 0;
+      store<kWidth>(out, to + col);
+    });
+    if (kTeam != Team::kLoop) break;
+  }
+}
+
+template <class T, int kWidth, Team kTeam>
+__global__ void __launch_bounds__(kMostThreads)
+    row_losses_kernel(const CrossEntropyInput in, const RowLosses out) {
+  const Place at = place<kTeam>();
+  if (at.row >= in.rows) return;
+  const int64_t target = in.target[at.row];
+  const bool used = is_used(in, target);
+  const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
+  const float picked = used ? as_float(logits[target]) : 0;
+  // mean(x) is taken around x_t, so that it is as exact as the differences; if that is -inf the loss is inf
+  const float shift = fabsf(picked) < INFINITY ? picked : 0;
+  float x[kItems];
+  RowSums row;
+  for (int64_t start = 0; used && start < in.cols; start += at.threads * kItems) {
+    load_items<kWidth>(logits, at, start, in.cols, x, -INFINITY);
+    add_items<kWidth>(at, start, in.cols, shift, x, row);
+    if (kTeam != Team::kLoop) break;
+  }
+  if constexpr (kTeam == Team::kWarp) __syncwarp();  // x_t is read before its gradient takes its place
+  const float maximum = used ? team_max<kTeam>(row.maximum) : 0;
+  float sums[2] = {row.exps * expf(row.maximum - shift_of(maximum)), row.shifted};
+  if (used) team_all<kTeam>(sums, Add{});
+  const float exp_sum = used ? sums[0] : 1;
+  if (at.thread == 0) {
+    const float loss = used                        ? loss_of(in, picked, shift, maximum, exp_sum, sums[1])
+                       : target == in.ignore_index ? 0
+                                                   : NAN;
+    out.row_loss[at.row] = loss, out.maximum[at.row] = maximum, out.exp_sum[at.row] = exp_sum;
+    if (out.loss) static_cast<T*>(out.loss)[at.row] = rounded_to<T>(loss);
+  }
+  if (!out.dlogits) return;
+  const RowGradient g(in, target, maximum, exp_sum, out.dloss[at.row]);
+  store_gradient<T, kWidth, kTeam>(in, g, used, at, x, out.dlogits);
+}
+
+constexpr int kTotalThreads = 1024;  // one block: 4 loads of each thread hide the memory's latency
+
+// count; and loss, unless that is null: the sum of row_loss, or its mean over count rows.
+template <class T>
+__global__ void __launch_bounds__(kTotalThreads)
+    add_rows_kernel(const CrossEntropyInput in, const float* row_loss, T* loss, int64_t* count) {
+  float sums[1] = {};
+  int64_t counts[1] = {};
+#pragma unroll 4
+  for (int64_t row = threadIdx.x; row < in.rows; row += kTotalThreads) {
+    counts[0] += in.target[row] != in.ignore_index;
+    sums[0] += row_loss[row];
+  }
+  team_all<Team::kBlock>(counts, Add{});
+  team_all<Team::kBlock>(sums, Add{});
+  if (threadIdx.x > 0) return;
+  *count = counts[0];
+  const int64_t over = in.reduction == Reduction::kMean && counts[0] > 0 ? counts[0] : 1;
+  if (loss) *loss = rounded_to<T>(sums[0] / static_cast<float>(over));
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kWarpThreads)
+    cross_entropy_backward_kernel(const CrossEntropyBackward a, int64_t pieces) {
+  const CrossEntropyInput& in = a.in;
+  const PiecePlace at = piece_place(pieces);
+  if (at.row >= in.rows) return;
+  const int64_t target = in.target[at.row];
+  const bool used = is_used(in, target);
+  float d = as_float(static_cast<const T*>(a.dloss)[in.reduction == Reduction::kNone ? at.row : 0]);
+  if (in.reduction == Reduction::kMean) d /= static_cast<float>(*a.count > 0 ? *a.count : 1);
+  const RowGradient g(in, target, a.maximum[at.row], a.exp_sum[at.row], d);
+  const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
+  T* dlogits = row_at<T>(a.dlogits, in.cols, at.row);
+  for_items<kWidth, kPieceItems>(at, at.start, in.cols, [&](int, int64_t col) {
+    float x[kWidth] = {};
+    if (used) load<kWidth>(logits + col, x);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x[k] = used ? g.of(x[k], col + k) : 0;
+    store<kWidth>(x, dlogits + col);
+  });
+}
+
+template <class T>
+void row_losses(const Context& context, const CrossEntropyInput& in, const RowLosses& out) {
+  const bool wide = wide_rows<T>(in.cols, {{in.logits, in.logits_stride}, {out.dlogits}});
+  with_width<T>(wide, [&]<int kWidth>() {
+    with_team<kItems, kMostThreads>(in.cols, [&]<Team kTeam>(int threads) {
+      launch("cross_entropy", context, row_losses_kernel<T, kWidth, kTeam>,
+             blocks_for<kTeam>(in.rows, threads), threads, 0, in, out);
+    });
+  });
+}
+
+}  // namespace
+
+void cross_entropy_forward(const Context& context, const CrossEntropyForward& a) {
+  const bool each = a.in.reduction == Reduction::kNone;
+  with_device_dtype(a.in.dtype, [&]<class T>() {
+    row_losses<T>(context, a.in,
+                  {a.row_loss, a.maximum, a.exp_sum, each ? a.loss : nullptr, nullptr, nullptr});
+    launch("cross_entropy", context, add_rows_kernel<T>, 1, kTotalThreads, 0, a.in, a.row_loss,
+           each ? nullptr : static_cast<T*>(a.loss), a.count);
+  });
+}
+
+void cross_entropy_backward(const Context& context, const CrossEntropyBackward& a) {
+  with_device_dtype(a.in.dtype, [&]<class T>() {
+    const bool wide = wide_rows<T>(a.in.cols, {{a.in.logits, a.in.logits_stride}, {a.dlogits}});
+    with_width<T>(wide, [&]<int kWidth>() {
+      launch("cross_entropy_backward", context, cross_entropy_backward_kernel<T, kWidth>,
+             piece_blocks(a.in.rows, a.in.cols), kWarpThreads, 0, a, pieces_of(a.in.cols));
+    });
+  });
+}
+
+void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a) {
+  row_losses<float>(
+      context, a.in,
+      {a.row_loss, a.maximum, a.exp_sum, nullptr, a.dloss, a.dloss ? static_cast<void*>(a.logits) : nullptr});
+}
+
+}  // namespace fastlm

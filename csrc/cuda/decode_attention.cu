@@ -1,0 +1,600 @@
+// decode_attention: out = softmax(scale * q k^T, capped, + alibi, over the keys that a query may attend to)
+// v; csrc/contract/decode_attention.h has the rest.
+//
+// Row r of a kv head is query r % queries of the r / queries-th of the query heads that share it. A block
+// takes up to 64 rows of one kv head and one part of its keys: a tile of 16 rows a warp, and where there are
+// fewer rows than warps, the warps of a tile take the keys in turns, 16 at a time. So a key and a value are
+// read from memory once for all rows; where warps share them, the others find them in the first-level cache.
+//
+// They go from the cache into registers and nowhere else: a sum over dims or keys may be taken in any order,
+// so each thread reads 16 bytes of a row and these are, as they are (keys) or after exchanging halves between
+// the rows that it has read itself (values), its part of an mma operand. No barrier, and nothing waits in
+// shared memory: a warp has 8 KB under way, the 8 and more warps of a multiprocessor 64 KB and more, and it
+// needs some 20 KB (3 TB/s, 800 ns, 132 of them). cp.async would take the same bytes through shared memory,
+// twice. Shared memory holds the queries as mma operands, and the sums of warps when they are added up.
+//
+// How many parts there are follows from shapes, how long they are from a sequence's length, on the device: so
+// a CUDA graph can be replayed with other lengths, and the bits do not depend on the cache's capacity. A
+// second kernel merges the parts in their order. Bound by bytes: the keys and values in reach, read once.
+//
+// Numbers are multiplied as fragments.cuh says, sums and softmax are float32. Values of int8 are multiplied
+// with weights p * scale, which may be too small for a half: each row has a power of two as its unit for
+// them. Sources: Dao et al., "Flash-Decoding", https://pytorch.org/blog/flash-decoding; Milakov, Gimelshein,
+// https://arxiv.org/abs/1805.02867; Kwon et al., "PagedAttention", https://arxiv.org/abs/2309.06180.
+#include <algorithm>
+
+#include "../contract/decode_attention.h"
+#include "fragments.cuh"
+#include "kv_cache.cuh"
+#include "launch.cuh"
+
+namespace fastlm {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kRows = 16;         // of a warp, as mma has them
+constexpr int kKeys = 16;         // of a warp's step: what mma sums over
+constexpr int64_t kBlocks = 528;  // wanted: four for each multiprocessor of an H100
+constexpr int64_t kMostParts = 128;
+constexpr int64_t kLeastShare =
+    128;                   // keys of a part: two steps of each warp, or its start is most of its work
+constexpr int kKept = 64;  // registers of a thread for keys or values on their way: 8 KB a warp
+constexpr float kLog2e = 1.4426950408889634f;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// How the work is cut, by shapes alone.
+struct Cut {
+  int64_t rows;           // of a kv head
+  int tiles, row_blocks;  // tiles of kRows in a block: 1, 2 or 4; blocks of them
+  int shares, parts;      // parts that a long sequence has; those that the cache has room for
+};
+
+Cut cut_of(const DecodeAttention& a) {
+  Cut cut;
+  cut.rows = a.heads / a.kv_heads * a.queries;
+  cut.tiles = cut.rows <= kRows ? 1 : cut.rows <= 2 * kRows ? 2 : kWarps;
+  cut.row_blocks = static_cast<int>(divide_up(cut.rows, cut.tiles * kRows));
+  const int64_t groups = a.batch * a.kv_heads * cut.row_blocks;
+  const int64_t wanted = divide_up(kBlocks, std::max<int64_t>(groups, 1));
+  cut.shares = static_cast<int>(std::min(wanted, kMostParts));
+  int64_t reach = a.pages.capacity();
+  if (a.left >= 0 && a.left < reach - a.queries) reach = a.left + a.queries;
+  cut.parts = static_cast<int>(std::clamp<int64_t>(divide_up(reach, kLeastShare), 1, cut.shares));
+  return cut;
+}
+
+struct Decode {
+  DecodeAttention a;
+  Cut cut;
+};
+
+// The keys [first, end) that a sequence's queries reach, and how many of them a part takes.
+struct Reach {
+  uint32_t first, end, share;
+  __device__ uint32_t used() const { return (end - first + share - 1) / share; }
+};
+
+__device__ Reach reach_of(const DecodeAttention& a, int64_t batch, int shares) {
+  const int64_t end = max(int64_t{0}, min(int64_t{a.pages.lengths[batch]}, capacity_of(a.pages)));
+  const int64_t first = a.left < 0 || a.left >= end - a.queries ? 0 : end - a.queries - a.left;
+  constexpr uint32_t kStep = kWarps * kKeys;
+  const uint32_t keys = static_cast<uint32_t>(end - first);
+  const uint32_t share = ((keys + shares - 1) / shares + kStep - 1) / kStep * kStep;
+  return {static_cast<uint32_t>(first), static_cast<uint32_t>(end),
+          max(share, static_cast<uint32_t>(kLeastShare))};
+}
+
+// Row r of a kv head; some row where there is none.
+struct Row {
+  int64_t head, query;
+  bool exists;
+};
+
+__device__ Row row_of(const Decode& d, int64_t kv_head, int64_t r) {
+  const uint32_t queries = static_cast<uint32_t>(d.a.queries);
+  const uint32_t at = static_cast<uint32_t>(min(r, d.cut.rows - 1));
+  return {kv_head * (d.a.heads / d.a.kv_heads) + at / queries, at % queries, r < d.cut.rows};
+}
+
+// The keys [low, high) of a part that a row attends to, which key it is aligned with, its slope.
+struct Range {
+  uint32_t low, high;
+  int own;
+  float slope;
+};
+
+__device__ Range range_of(const DecodeAttention& a, int64_t batch, const Row& row, uint32_t length,
+                          uint32_t end) {
+  const int64_t own = row.query + length - a.queries;
+  return {.low = a.left < 0 || a.left >= own ? 0 : static_cast<uint32_t>(own - a.left),
+          .high = static_cast<uint32_t>(max(int64_t{0}, min(own + 1, int64_t{end}))),
+          .own = static_cast<int>(own),
+          .slope = a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_batch + row.head * a.alibi_head] : 0};
+}
+
+__device__ float shift_of(float top) { return top == -INFINITY ? 0.0f : top; }  // -inf - -inf is NaN
+__device__ float exponential(float x) { return exp2f(x * kLog2e); }  // of a difference: exact near the top
+
+__device__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+__device__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// What warps tell each other of their rows.
+struct OfWarps {
+  float tops[kWarps][kRows], totals[kWarps][kRows];
+};
+
+// What a thread holds. In shared memory: OfWarps, then queries as mma operands, uint4 [kQParts][tiles]
+// [kFragments][lane], then where warps share a tile their sums, float4 [tiles][kSums][lane].
+template <class Q, class C, int kDim>
+struct Shape {
+  using T = typename Operand<Q>::Type;
+  static constexpr int kQParts = Operand<Q>::kParts, kCacheParts = Operand<C>::kParts;
+  // Numbers that a thread reads at a time: a quad takes a key, eight lanes take a value.
+  static constexpr int kKeyWidth = std::min(kWide<C>, kDim / 4), kValueWidth = std::min(kWide<C>, kDim / 8);
+  static constexpr int kKeyChunks = kDim / (4 * kKeyWidth), kValueChunks = kDim / (8 * kValueWidth);
+  static constexpr int kRegisters = kDim * sizeof(C) / 8;  // of a thread, for kKeys keys or values
+  static constexpr int kPasses = std::max(1, kRegisters / (kQParts == 1 ? kKept : kKept / 2));
+  static constexpr bool kEarly = kRegisters <= kKept / 2 && kDim < 256;  // values are asked for with keys
+  static constexpr int kResident = kQParts > 1 || kDim > 128 ? 2 : kDim > 64 ? 3 : 4;  // blocks: no spills
+  static constexpr int kFragments = kDim / 16, kSums = kDim / 8;
+
+  static size_t shared(const Cut& cut) {
+    const size_t queries = sizeof(uint4) * 32 * kQParts * kFragments * cut.tiles;
+    return sizeof(OfWarps) + queries + (cut.tiles < kWarps ? sizeof(float4) * 32 * kSums * cut.tiles : 0);
+  }
+};
+
+// A block's queries into shared memory.
+template <class Q, class C, int kDim>
+__device__ void load_queries(const Decode& d, int64_t batch, int64_t kv_head, int64_t first, uint4* queries) {
+  using S = Shape<Q, C, kDim>;
+  const DecodeAttention& a = d.a;
+  const int lane = threadIdx.x % 32, each = d.cut.tiles * S::kFragments;
+  for (int i = threadIdx.x / 32; i < each; i += kWarps) {
+    const int fragment = i % S::kFragments, tile = i / S::kFragments;
+    constexpr int kOfChunk = S::kKeyWidth / 4;
+    const int col = (fragment / kOfChunk * 4 + lane % 4) * S::kKeyWidth + fragment % kOfChunk * 4;
+    uint32_t words[4][S::kQParts];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t r = first + tile * kRows + half * 8 + lane / 4;
+      const Row row = row_of(d, kv_head, r);
+      const Q* q =
+          static_cast<const Q*>(a.q) + batch * a.q_batch + row.head * a.q_head + row.query * a.q_query;
+      float x[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = row.exists && col + k < a.dim ? as_float(q[col + k]) : 0;
+      split<typename S::T>(x[0], x[1], words[half]);
+      split<typename S::T>(x[2], x[3], words[half + 2]);
+    }
+#pragma unroll
+    for (int p = 0; p < S::kQParts; ++p) {
+      queries[(p * each + i) * 32 + lane] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+    }
+  }
+}
+
+// One warp on its way along its keys.
+template <class Q, class C, int kDim, bool kIsWide>
+struct Walk {
+  using S = Shape<Q, C, kDim>;
+  using T = typename S::T;
+  static constexpr bool kScaled = std::is_same_v<C, int8_t>;
+
+  struct Found {  // of the key (lanes 0 to 15) or the value (16 to 31) at position start + lane % 16
+    int64_t at;   // in its cache; -1 where there is none
+    float scale;
+  };
+  struct Values {
+    Words<C, S::kValueWidth> words[S::kValueChunks / S::kPasses][4];
+  };
+
+  const Decode& d;
+  int64_t batch, kv_head;
+  uint32_t end;
+  const uint4* queries;             // of this warp's tile
+  Range ranges[2];                  // of the rows lane / 4 and lane / 4 + 8 of its tile
+  float top[2], total[2], unit[2];  // total: this thread's share; unit: of sums, 1 but where kScaled
+  float sums[S::kSums][4];
+
+  __device__ void begin() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) top[i] = -INFINITY, total[i] = 0, unit[i] = kScaled ? 0 : 1;
+#pragma unroll
+    for (int n = 0; n < S::kSums; ++n) {
+#pragma unroll
+      for (float& sum : sums[n]) sum = 0;
+    }
+  }
+
+  __device__ void step(uint32_t start) {
+    const Found found = find(start);
+    Values values;
+    if constexpr (S::kEarly) load_values(found, 0, values);
+    float s[2][4] = {};
+    add_scores(found, s);
+    uint4 weights[S::kQParts];
+    softmax(found, start, s);
+    pack(s, weights);
+#pragma unroll
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      if constexpr (!S::kEarly) load_values(found, pass, values);
+      add_values(values, pass, weights);
+    }
+  }
+
+  // A page that does not exist: the first one instead, as a length that is too long is the capacity.
+  __device__ Found find(uint32_t start) const {
+    const DecodeAttention& a = d.a;
+    const int lane = threadIdx.x % 32;
+    const uint32_t t = start + lane % kKeys;
+    Found found = {-1, 0};
+    if (t >= end) return found;
+    Slot slot = slot_of(a.pages, batch, t);
+    if (!exists(a.pages, slot.page)) slot.page = 0;
+    const CacheStrides& at = lane < kKeys ? a.k_at : a.v_at;
+    found.at = slot.page * at.page + kv_head * at.head + slot.index * at.slot;
+    if constexpr (kScaled) {
+      const float* scales = lane < kKeys ? a.k_scales : a.v_scales;
+      found.scale = scales[slot.page * at.scale_page + kv_head * at.scale_head + slot.index * at.scale_slot];
+    }
+    return found;
+  }
+
+  // Null where there is none. Only then does the compiler know that it is global memory.
+  __device__ static const C* row_of_lane(const void* cache, const Found& found, int lane) {
+    const int64_t at = __shfl_sync(0xffffffffu, found.at, lane);
+    return at < 0 ? nullptr : static_cast<const C*>(cache) + at;
+  }
+
+  // s[n][c] += q . k: rows lane / 4 (c < 2) and lane / 4 + 8, key 8 n + lane % 4 * 2 + c % 2.
+  __device__ void add_scores(const Found& found, float (&s)[2][4]) const {
+    constexpr int kChunks = S::kKeyChunks / S::kPasses;
+    const int lane = threadIdx.x % 32;
+    const C* keys[2] = {row_of_lane(d.a.k, found, lane / 4), row_of_lane(d.a.k, found, lane / 4 + 8)};
+#pragma unroll
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      Words<C, S::kKeyWidth> words[kChunks][2];
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int col = ((pass * kChunks + c) * 4 + lane % 4) * S::kKeyWidth;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) read<kIsWide>(keys[n], col, d.a.dim, words[c][n]);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) multiply_keys(words[c], pass * kChunks + c, s);
+    }
+  }
+
+  __device__ void multiply_keys(const Words<C, S::kKeyWidth> (&words)[2], int chunk, float (&s)[2][4]) const {
+    const int each = d.cut.tiles * S::kFragments * 32;
+#pragma unroll
+    for (int m = 0; m < S::kKeyWidth / 4; ++m) {
+      uint4 q[S::kQParts];
+#pragma unroll
+      for (int p = 0; p < S::kQParts; ++p) {
+        q[p] = queries[p * each + (chunk * (S::kKeyWidth / 4) + m) * 32 + threadIdx.x % 32];
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        uint32_t b0[S::kCacheParts], b1[S::kCacheParts];
+        pair<T>(words[n], 4 * m, words[n], 4 * m + 1, b0);
+        pair<T>(words[n], 4 * m + 2, words[n], 4 * m + 3, b1);
+        multiply_add<T>(s[n], q, b0, b1);
+      }
+    }
+  }
+
+  // s becomes exp(s - top), 0 where a row does not attend, times the value's scale in units of the row's.
+  __device__ void softmax(const Found& found, uint32_t start, float (&s)[2][4]) {
+    const int lane = threadIdx.x % 32;
+    float scales[4];
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int key = k / 2 * 8 + lane % 4 * 2 + k % 2;
+        scales[k] = __shfl_sync(0xffffffffu, found.scale, key + kKeys);
+        const float key_scale = __shfl_sync(0xffffffffu, found.scale, key);
+        s[k / 2][k % 2] *= key_scale, s[k / 2][k % 2 + 2] *= key_scale;
+      }
+    }
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float p[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t t = start + k / 2 * 8 + lane % 4 * 2 + k % 2;
+        p[k] = t >= ranges[i].low && t < ranges[i].high ? score(s[k / 2][k % 2 + 2 * i], ranges[i], t)
+                                                        : -INFINITY;
+      }
+      const float before = top[i];
+      top[i] = fmaxf(before, quad_max(fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]))));
+      const float shift = shift_of(top[i]);
+      factor[i] = exponential(before - shift);
+#pragma unroll
+      for (float& v : p) v = exponential(v - shift);
+      total[i] = total[i] * factor[i] + ((p[0] + p[1]) + (p[2] + p[3]));
+      if constexpr (kScaled) factor[i] = weigh(p, scales, factor[i], unit[i]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) s[k / 2][k % 2 + 2 * i] = p[k];
+    }
+    if (__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) shrink(factor);
+  }
+
+  __device__ float score(float s, const Range& range, uint32_t t) const {
+    const DecodeAttention& a = d.a;
+    s *= a.scale;
+    if (a.softcap > 0) s = a.softcap * tanhf(s / a.softcap);
+    return a.alibi_slopes ? s - range.slope * static_cast<float>(range.own - static_cast<int>(t)) : s;
+  }
+
+  // p becomes p * scale in a new unit, a power of two so that nothing is rounded: the largest is in [1, 2) of
+  // it, or smaller if weights before were larger. Returns what sums are to be multiplied with.
+  __device__ static float weigh(float (&p)[4], const float (&scales)[4], float factor, float& unit) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) p[k] *= scales[k];
+    const float before = unit * factor, first = fmaxf(fabsf(p[0]), fabsf(p[1]));
+    const float highest = fmaxf(before, quad_max(fmaxf(first, fmaxf(fabsf(p[2]), fabsf(p[3])))));
+    const uint32_t exponent = max(1u, min(253u, __float_as_uint(highest) >> 23));
+    const float inverse = __uint_as_float((254 - exponent) << 23);
+    unit = __uint_as_float(exponent << 23);
+#pragma unroll
+    for (float& v : p) v *= inverse;
+    return before * inverse;
+  }
+
+  __device__ void shrink(const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < S::kSums; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[n][c] *= factor[c / 2];
+    }
+  }
+
+  __device__ static void pack(const float (&p)[2][4], uint4 (&weights)[S::kQParts]) {
+    uint32_t words[4][S::kQParts];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1], words[i]);
+#pragma unroll
+    for (int i = 0; i < S::kQParts; ++i) {
+      weights[i] = {words[0][i], words[1][i], words[2][i], words[3][i]};
+    }
+  }
+
+  __device__ void load_values(const Found& found, int pass, Values& values) const {
+    constexpr int kChunks = S::kValueChunks / S::kPasses;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const C* row = row_of_lane(d.a.v, found, kKeys + k / 2 * 8 + lane % 4 * 2 + k % 2);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int col = ((pass * kChunks + c) * 8 + lane / 4) * S::kValueWidth;
+        read<kIsWide>(row, col, d.a.value_dim, values.words[c][k]);
+      }
+    }
+  }
+
+  // sums[n] += weights values, column lane % 4 * 2 + c % 2 of the n-th mma being value
+  // (n / kValueWidth * 8 + that) * kValueWidth + n % kValueWidth.
+  __device__ void add_values(const Values& values, int pass, const uint4 (&weights)[S::kQParts]) {
+    constexpr int kChunks = S::kValueChunks / S::kPasses;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < S::kValueWidth; ++i) {
+        const auto& words = values.words[c];
+        uint32_t b0[S::kCacheParts], b1[S::kCacheParts];
+        pair<T>(words[0], i, words[1], i, b0);
+        pair<T>(words[2], i, words[3], i, b1);
+        multiply_add<T>(sums[(pass * kChunks + c) * S::kValueWidth + i], weights, b0, b1);
+      }
+    }
+  }
+
+  // The sums of the `warps` warps of a tile, added in their order; the last of them, which has them then,
+  // returns true. The whole block calls it.
+  __device__ bool gather(int warp, int warps, int tile, OfWarps& of_warps, float4* shared) {
+    auto &tops = of_warps.tops, &totals = of_warps.totals;
+    const int lane = threadIdx.x % 32, self = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) total[i] = quad_sum(total[i]);
+    if (warps == 1) return shrink(unit), true;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lane % 4 == 0) tops[self][i * 8 + lane / 4] = top[i], totals[self][i * 8 + lane / 4] = total[i];
+    }
+    __syncthreads();
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = i * 8 + lane / 4, step = kWarps / warps;  // a tile's warps are so far apart
+      float highest = -INFINITY, sum = 0;
+      for (int w = tile; w < kWarps; w += step) highest = fmaxf(highest, tops[w][row]);
+      const float shift = shift_of(highest);
+      for (int w = tile; w < kWarps; w += step) sum += totals[w][row] * exponential(tops[w][row] - shift);
+      factor[i] = unit[i] * exponential(top[i] - shift);
+      top[i] = highest, total[i] = sum;
+    }
+    shrink(factor);
+    for (int w = 0; w < warps; ++w) {
+      if (w == warp) pass_on(w > 0, w + 1 < warps, shared);
+      __syncthreads();
+    }
+    return warp + 1 == warps;
+  }
+
+  __device__ void pass_on(bool takes, bool gives, float4* shared) {
+#pragma unroll
+    for (int n = 0; n < S::kSums; ++n) {
+      float4& place = shared[n * 32 + threadIdx.x % 32];
+      float (&sum)[4] = sums[n];
+      if (takes) {
+        const float4 before = place;
+        sum[0] += before.x, sum[1] += before.y, sum[2] += before.z, sum[3] += before.w;
+      }
+      if (gives) place = {sum[0], sum[1], sum[2], sum[3]};
+    }
+  }
+
+  __device__ void store_rows(int64_t first, int part) const {
+    const DecodeAttention& a = d.a;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Row row = row_of(d, kv_head, first + i * 8 + threadIdx.x % 32 / 4);
+      if (!row.exists) continue;
+      const float inverse = total[i] == 0 ? 0 : 1 / total[i];
+      const float lse = total[i] == 0 ? -INFINITY : top[i] + logf(total[i]);
+      const int64_t index = (batch * a.heads + row.head) * a.queries + row.query;
+      if (d.cut.parts == 1) {
+        const int64_t at = (batch * a.queries + row.query) * a.heads + row.head;
+        store_row(i, inverse, static_cast<Q*>(a.out) + at * a.value_dim);
+        if (threadIdx.x % 4 == 0) a.lse[index] = lse;
+      } else {
+        const int64_t at = index * d.cut.parts + part;
+        store_row(i, inverse, a.scratch + at * a.value_dim);
+        float* lses = a.scratch + a.batch * a.heads * a.queries * d.cut.parts * a.value_dim;
+        if (threadIdx.x % 4 == 0) lses[at] = lse;
+      }
+    }
+  }
+
+  template <class Out>
+  __device__ void store_row(int i, float inverse, Out* to) const {
+#pragma unroll
+    for (int c = 0; c < 2 * S::kValueChunks; ++c) {
+      constexpr int kWidth = S::kValueWidth;
+      const int col = (c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2) * kWidth;
+      float values[kWidth];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) values[k] = sums[c / 2 * kWidth + k][2 * i + c % 2] * inverse;
+      if constexpr (kIsWide && kWidth % kWide<Out> == 0) {
+        if (col < d.a.value_dim) store<kWidth>(values, to + col);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          if (col + k < d.a.value_dim) to[col + k] = rounded_to<Out>(values[k]);
+        }
+      }
+    }
+  }
+};
+
+template <class Q, class C, int kDim, bool kIsWide>
+__global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim>::kResident)
+    decode_attention_kernel(const Decode d) {
+  using S = Shape<Q, C, kDim>;
+  extern __shared__ uint4 shared[];
+  uint4* const queries = shared + sizeof(OfWarps) / sizeof(uint4);
+  const Cut& cut = d.cut;
+  uint32_t index = blockIdx.x;
+  const uint32_t row_block = index % cut.row_blocks;
+  index /= cut.row_blocks;
+  const uint32_t part = index % cut.parts;
+  index /= cut.parts;
+  const uint32_t kv_heads = static_cast<uint32_t>(d.a.kv_heads);
+  const int64_t batch = index / kv_heads, kv_head = index % kv_heads;
+  const Reach reach = reach_of(d.a, batch, cut.shares);
+  const uint32_t begin = reach.first + part * reach.share, end = min(begin + reach.share, reach.end);
+  if (cut.parts > 1 && begin >= end) return;
+
+  const int lane = threadIdx.x % 32, self = threadIdx.x / 32;
+  const int tile = self % cut.tiles, warp = self / cut.tiles, warps = kWarps / cut.tiles;
+  const int64_t block = static_cast<int64_t>(row_block) * cut.tiles * kRows, first = block + tile * kRows;
+  load_queries<Q, C, kDim>(d, batch, kv_head, block, queries);
+  __syncthreads();
+  Walk<Q, C, kDim, kIsWide> walk = {d, batch, kv_head, end, queries + tile * S::kFragments * 32};
+  for (int i = 0; i < 2; ++i) {
+    const Row row = row_of(d, kv_head, first + i * 8 + lane / 4);
+    walk.ranges[i] = range_of(d.a, batch, row, reach.end, end);
+  }
+  walk.begin();
+  for (uint32_t start = begin + warp * kKeys; start < end; start += warps * kKeys) walk.step(start);
+  uint4* const sums = queries + (S::kQParts * cut.tiles * S::kFragments + tile * S::kSums) * 32;
+  OfWarps& of_warps = *reinterpret_cast<OfWarps*>(shared);
+  if (walk.gather(warp, warps, tile, of_warps, reinterpret_cast<float4*>(sums))) walk.store_rows(first, part);
+}
+
+// A row a block, a column a thread: parts in their order.
+template <class Q>
+__global__ void decode_merge_kernel(const Decode d) {
+  const DecodeAttention& a = d.a;
+  const int64_t index = blockIdx.x, query = index % a.queries, head = index / a.queries % a.heads;
+  const int64_t batch = index / a.queries / a.heads;
+  const int used = static_cast<int>(reach_of(a, batch, d.cut.shares).used());
+  const float* outs = a.scratch + index * d.cut.parts * a.value_dim;
+  const float* lses = a.scratch + (gridDim.x * a.value_dim + index) * d.cut.parts;
+  float top = -INFINITY, sum = 0, out = 0;
+  for (int part = 0; part < used; ++part) top = fmaxf(top, lses[part]);
+  const float shift = shift_of(top);
+  const int col = threadIdx.x;
+#pragma unroll 4
+  for (int part = 0; part < used; ++part) {
+    const float weight = exponential(lses[part] - shift);
+    sum += weight;
+    if (col < a.value_dim) out += weight * outs[part * a.value_dim + col];
+  }
+  const int64_t at = (batch * a.queries + query) * a.heads + head;
+  if (col < a.value_dim) {
+    static_cast<Q*>(a.out)[at * a.value_dim + col] = rounded_to<Q>(sum == 0 ? 0 : out / sum);
+  }
+  if (col == 0) a.lse[index] = sum == 0 ? -INFINITY : top + logf(sum);
+}
+
+template <class C>
+bool wide_cache(const void* cache, const CacheStrides& at, int64_t dim) {
+  return wide_rows<C>(dim, {{cache, at.page}, {cache, at.head}, {cache, at.slot}});
+}
+
+// Calls f.operator()<kDim, kIsWide>() for the narrowest kernel that takes these heads. float32 stops at 128
+// dims: three parts of each number and 256 sums do not fit into registers.
+template <class Q, class C, class F>
+void with_shape(const DecodeAttention& a, F&& f) {
+  constexpr int kWidest = std::is_same_v<Q, float> ? 128 : 256;
+  const int64_t widest = std::max(a.dim, a.value_dim);
+  if (wide_cache<C>(a.k, a.k_at, a.dim) && wide_cache<C>(a.v, a.v_at, a.value_dim)) {
+    const int dim = widest <= 32 ? 32 : widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+    with_int<32, 64, 128, kWidest>(dim, [&]<int kDim>() { f.template operator()<kDim, true>(); });
+  } else {
+    with_int<64, kWidest>(widest <= 64 ? 64 : kWidest,
+                          [&]<int kDim>() { f.template operator()<kDim, false>(); });
+  }
+}
+
+template <class Q, class C>
+void run(const Context& context, const Decode& d) {
+  const DecodeAttention& a = d.a;
+  const int64_t blocks = a.batch * a.kv_heads * d.cut.parts * d.cut.row_blocks;
+  with_shape<Q, C>(a, [&]<int kDim, bool kIsWide>() {
+    launch("decode_attention", context, decode_attention_kernel<Q, C, kDim, kIsWide>, blocks, kThreads,
+           Shape<Q, C, kDim>::shared(d.cut), d);
+  });
+  if (d.cut.parts == 1) return;
+  launch("decode_attention", context, decode_merge_kernel<Q>, a.batch * a.heads * a.queries,
+         static_cast<int>(divide_up(a.value_dim, 32) * 32), 0, d);
+}
+
+}  // namespace
+
+int64_t decode_scratch(const DecodeAttention& a) {
+  const Cut cut = cut_of(a);
+  return cut.parts == 1 ? 0 : a.batch * a.heads * a.queries * cut.parts * (a.value_dim + 1);
+}
+
+void decode_attention(const Context& context, const DecodeAttention& a) {
+  if (a.batch * a.heads * a.queries == 0) return;
+  const Decode d = {a, cut_of(a)};
+  with_device_dtype(a.dtype,
+                    [&]<class Q>() { a.quantised ? run<Q, int8_t>(context, d) : run<Q, Q>(context, d); });
+}
+
+}  // namespace fastlm
