@@ -27,7 +27,7 @@ def test_every_case_passes_on_a_lesser_instruction_set(isa):
         "no:xdist",
         "tests/test_ops.py",
         "-k",
-        "not triton",
+        "not triton and not cuda",
     ]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
