@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fastlm import _load
 from fastlm.bench import docs, models, results
 from fastlm.bench.registry import WORKLOADS
 from fastlm.cli.app import app
@@ -83,7 +84,7 @@ ERRORS = {
     "nothing chosen": (lambda t: ["-k", "no such", "--memory", "off"], "no workload's title holds 'no such'"),
     "a backend that refuses": (
         lambda t: ["-k", "one_row", "--backend", "cuda", "--memory", "off"],
-        "layer_norm one_row [1,64] f32 forward: layer_norm has no cuda kernel",
+        f"layer_norm one_row [1,64] f32 forward: {_load.MISSING['cuda']}",
     ),
     "nothing to compare": (lambda t: ["--compare", t / "none.json"], "none.json: No such file"),
     "not JSON": (lambda t: ["--from", _file(t, "{")], "is not JSON"),
