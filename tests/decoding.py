@@ -4,13 +4,25 @@ from contextlib import nullcontext
 
 import torch
 
+from fastlm._op import OPS
 from fastlm.testing import ptxsim
-from fastlm.testing.cases import Draw
+from fastlm.testing.cases import Draw, cases_of
 
 
 def running(backend):
     """A context in which it takes CPU tensors: kernels for GPUs are simulated."""
     return ptxsim.device("sm_80") if backend in ("cuda", "triton") else nullcontext()
+
+
+def raw_arguments(name, dtype):
+    """The raw op's arguments of a case."""
+    case = next(c for c in cases_of("decode_attention")[0] if c.name == name)
+    inputs = case.inputs(Draw(0, dtype))
+    names = ("block_table", "k_scale", "v_scale", "scale", "window", "softcap", "alibi_slopes", "return_lse")
+    defaults = {"softcap": 0.0, "return_lse": False}
+    options = [inputs.get(n, defaults.get(n)) for n in names]
+    tensors = [inputs[n] for n in ("q", "k_cache", "v_cache", "kv_lengths")]
+    return list(OPS["decode_attention"].check(*tensors, *options))
 
 
 def lengths_of(*lengths):

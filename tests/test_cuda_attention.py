@@ -3,10 +3,10 @@
 import re
 
 import pytest
+import test_attention_varlen
 import torch
 
 from fastlm import explain
-from fastlm._op import OPS
 from fastlm._ops.attention import CUDA_HEADS
 from fastlm.ops import attention, attention_varlen
 from fastlm.testing import ptxsim
@@ -108,24 +108,7 @@ def test_rows_past_two_to_the_31_elements_are_found(simulated, far_rows):
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-BAD_STARTS = {
-    "ends early": [0, 5, 9],
-    "starts late": [4, 7, 12],
-    "decreases": [0, 9, 4, 12],
-    "ends late": [0, 5, 4000],
-    "negative": [-7, 5, 12],
-    "all past the end": [50, 60],
-    "more than a warp": [0] * 40 + [12],
-}
-
-
-def unchecked(q, k, v, cu, longest):
-    """What the op does where values cannot be looked at."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastlm._ops._check.has_values", lambda t: False)
-        limits = (cu, cu, longest, longest)
-        args = OPS["attention_varlen"].check(q, k, v, *limits, True, None, None, 0.0, None, 0.0, None, True)
-    return OPS["attention_varlen"]("cuda", args)
+BAD_STARTS = test_attention_varlen.BAD_STARTS | {"more than a warp": [0] * 40 + [12]}
 
 
 def of_bad_starts(cu, longest):
@@ -134,7 +117,7 @@ def of_bad_starts(cu, longest):
     for t in around:
         t[12:24] = torch.randn(12, 2, 32)
     q, k, v = (t[12:24].requires_grad_() for t in around)
-    out, lse = unchecked(q, k, v, torch.tensor(cu, dtype=torch.int32), longest)
+    out, lse = test_attention_varlen.unchecked(q, k, v, torch.tensor(cu, dtype=torch.int32), longest, "cuda")
     return out, lse, torch.autograd.grad(out.square().sum() + lse.exp().sum(), (q, k, v))
 
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from decoding import decode_inputs, lengths_of
+from decoding import decode_inputs, lengths_of, raw_arguments
 
 from fastlm import ops
-from fastlm._op import OPS
 from fastlm.testing import ptxsim
-from fastlm.testing.cases import Draw, cases_of
 from fastlm.testing.compare import verdicts
 from fastlm.testing.ptxsim import cuda
 
@@ -20,17 +18,6 @@ def simulated():
         yield
 
 
-def _arguments(name, dtype=torch.float16):
-    """The raw op's arguments of a case."""
-    case = next(c for c in cases_of("decode_attention")[0] if c.name == name)
-    inputs = case.inputs(Draw(0, dtype))
-    names = ("block_table", "k_scale", "v_scale", "scale", "window", "softcap", "alibi_slopes", "return_lse")
-    defaults = {"softcap": 0.0, "return_lse": False}
-    options = [inputs.get(n, defaults.get(n)) for n in names]
-    tensors = [inputs[n] for n in ("q", "k_cache", "v_cache", "kv_lengths")]
-    return list(OPS["decode_attention"].check(*tensors, *options))
-
-
 def _decoded(arguments):
     return torch.ops.fastlm.decode_attention.cuda(*arguments)
 
@@ -40,7 +27,7 @@ def _same(first, second):
 
 
 def test_launches_do_not_depend_on_what_the_lengths_are():
-    arguments, launches = _arguments("pieces"), []
+    arguments, launches = raw_arguments("pieces", torch.float16), []
     for lengths in (1100, 513), (0, 1):
         arguments[3] = lengths_of(*lengths)
         _decoded(arguments)
@@ -50,7 +37,7 @@ def test_launches_do_not_depend_on_what_the_lengths_are():
 
 @pytest.mark.parametrize("lengths", [(1101, -3), (1 << 30, -(1 << 31)), ((1 << 31) - 1, 0)])
 def test_lengths_outside_the_cache_are_those_of_its_ends(lengths):
-    arguments = _arguments("pieces")
+    arguments = raw_arguments("pieces", torch.float16)
     arguments[3] = lengths_of(1100, 0)
     wanted = _decoded(arguments)
     arguments[3] = lengths_of(*lengths)
@@ -58,7 +45,7 @@ def test_lengths_outside_the_cache_are_those_of_its_ends(lengths):
 
 
 def test_page_numbers_outside_the_cache_are_not_followed():
-    arguments = _arguments("paged-shared")
+    arguments = raw_arguments("paged-shared", torch.float16)
     table = arguments[4] = torch.tensor([[3, 5, 1 << 30], [-1, 4, -(1 << 31)]], dtype=torch.int32)
     got = _decoded(arguments)
     arguments[4] = torch.where((table >= 0) & (table < 5), table, 0)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from decoding import raw_arguments
 from fastlm_triton import decode_attention as kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastlm
 from fastlm import ops
 from fastlm.testing import ptxsim
-from fastlm.testing.cases import Draw, cases_of
 
 NAN = float("nan")
 
@@ -27,22 +26,11 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def _arguments(name, dtype=torch.float32):
-    """The raw op's arguments of a case."""
-    case = next(c for c in cases_of("decode_attention")[0] if c.name == name)
-    inputs = case.inputs(Draw(0, dtype))
-    names = ("block_table", "k_scale", "v_scale", "scale", "window", "softcap", "alibi_slopes", "return_lse")
-    defaults = {"softcap": 0.0, "return_lse": False}
-    options = [inputs.get(n, defaults.get(n)) for n in names]
-    tensors = [inputs[n] for n in ("q", "k_cache", "v_cache", "kv_lengths")]
-    return fastlm._op.OPS["decode_attention"].check(*tensors, *options)
-
-
 @pytest.mark.parametrize(
     ("case", "made"), [("plain", 2), ("pieces", 3), ("int8-paged", 2), ("everything", 3)]
 )
 def test_decoding_makes_its_outputs_and_one_workspace(case, made):
-    arguments = _arguments(case)
+    arguments = raw_arguments(case, torch.float32)
     with ptxsim.device("sm_80"):
         kernels.forward(*arguments)
         with Allocations() as allocations:
@@ -53,7 +41,7 @@ def test_decoding_makes_its_outputs_and_one_workspace(case, made):
 def test_a_launch_does_not_depend_on_what_the_lengths_are(monkeypatch):
     launches = []
     monkeypatch.setattr(kernels, "launch", lambda *args, **options: launches.append((args, options)))
-    arguments = list(_arguments("pieces"))
+    arguments = raw_arguments("pieces", torch.float32)
     for lengths in (1100, 513), (0, 1):
         arguments[3] = torch.tensor(lengths, dtype=torch.int32)
         with ptxsim.device("sm_80"):
@@ -64,7 +52,7 @@ def test_a_launch_does_not_depend_on_what_the_lengths_are(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [(1101, -3), (1 << 30, -(1 << 31))])
 def test_lengths_outside_the_cache_are_those_of_its_ends(lengths):
-    arguments = list(_arguments("pieces"))
+    arguments = raw_arguments("pieces", torch.float32)
     with ptxsim.device("sm_80"):
         arguments[3] = torch.tensor((1100, 0), dtype=torch.int32)
         wanted = kernels.forward(*arguments)
@@ -74,7 +62,7 @@ def test_lengths_outside_the_cache_are_those_of_its_ends(lengths):
 
 
 def test_page_numbers_outside_the_cache_are_not_followed():
-    arguments = list(_arguments("paged-shared"))
+    arguments = raw_arguments("paged-shared", torch.float32)
     table = arguments[4] = torch.tensor([[3, 5, 1 << 30], [-1, 4, 0]], dtype=torch.int32)
     with ptxsim.device("sm_80"):
         got = kernels.forward(*arguments)

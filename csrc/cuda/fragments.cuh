@@ -7,6 +7,7 @@
 // computations", https://arxiv.org/abs/1904.06376). Fragments: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 #pragma once
 
+#include "mma.cuh"
 #include "rows.cuh"
 
 namespace fastlm {
@@ -57,20 +58,6 @@ __device__ void read(const T* row, int col, int cols, Words<T, kCount>& to) {
     }
     memcpy(to.word, values, to.kBytes);
   }
-}
-
-// Two floats as a register of two T, the first in its lower half.
-template <class T>
-__device__ uint32_t packed(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 both = __floats2half2_rn(low, high);
-    memcpy(&bits, &both, 4);
-  } else {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &both, 4);
-  }
-  return bits;
 }
 
 // Two floats as kParts registers of two T: what the first leaves over is in the second, and so on.
@@ -124,17 +111,7 @@ __device__ void pair(const Words<From, kCount>& a, int i, const Words<From, kCou
 
 template <class T>
 __device__ void multiply(float (&sum)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
+  multiply<T>(sum, {a.x, a.y, a.z, a.w}, b0, b1);
 }
 
 // sum += a b for a of 16 rows and 16 columns, b of 16 rows and 8 columns. Of several parts the smallest
