@@ -1,13 +1,16 @@
 """What to compile; the rest is in pyproject.toml. A failed build leaves the reference."""
 
 import json
+import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import cuda_toolchain  # noqa: E402
 import toolchain  # noqa: E402
 
 
@@ -16,22 +19,39 @@ class BuildNative(build_ext):
 
     def build_extensions(self):
         """Builds every library; a failure is recorded, not raised: the reference needs none of them."""
-        record = {"failed": {}}
-        try:
+        self.failed = {}
+        record = {"failed": self.failed, "usual_calls": toolchain.missing_python_headers()}
+        targets = {
+            e.name.removeprefix("fastlm._"): Path(self.get_ext_fullpath(e.name)) for e in self.extensions
+        }
+        cuda = targets.pop("cuda")
+        with self.recorded(*targets):
             import torch
 
             record["torch"] = torch.__version__
-            record["usual_calls"] = toolchain.missing_python_headers()
-            targets = {e.name.rsplit("_", 1)[1]: Path(self.get_ext_fullpath(e.name)) for e in self.extensions}
-            toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, targets)
-        except Exception as error:  # no compiler, no torch, out of memory
-            lines = (getattr(error, "stdout", None) or f"{error}").strip().splitlines()
-            reason = next((line for line in lines if "error" in line), lines[-1])[:300]
-            record["failed"] = {e.name.split(".")[1]: reason for e in self.extensions}
-            print(f"fastlm: native kernels were not built: {reason}", file=sys.stderr)
+            libraries = {name.removeprefix("cpu_"): target for name, target in targets.items()}
+            toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, libraries)
+        if "torch" in record and torch.version.cuda is not None:
+            with self.recorded("cuda"):
+                gpus = range(torch.cuda.device_count())
+                seen = [torch.cuda.get_device_capability(i) for i in gpus]
+                codes = cuda_toolchain.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), seen)
+                versions = (torch.__version__, torch.version.cuda)
+                cuda_toolchain.library(Path(torch.__file__).parent, versions, codes, cuda)
         self.record = Path(self.build_lib, "fastlm/_build.json")
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.record.write_text(json.dumps(record))
+
+    @contextmanager
+    def recorded(self, *libraries: str):
+        """An error inside becomes the reason why these libraries are missing."""
+        try:
+            yield
+        except Exception as error:  # no compiler, no torch, out of memory
+            lines = (getattr(error, "stdout", None) or f"{error}").strip().splitlines()
+            reason = next((line for line in lines if "error" in line), lines[-1])[:300]
+            self.failed |= {f"_{name}": reason for name in libraries}
+            print(f"fastlm: native kernels were not built: {reason}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
         """What an editable install does with the libraries, and with their record."""
@@ -41,7 +61,8 @@ class BuildNative(build_ext):
 
 setup(
     ext_modules=[
-        Extension(f"fastlm._cpu_{isa}", ["csrc/kernels.h"], optional=True) for isa in toolchain.ISA_FLAGS
+        Extension(f"fastlm._{name}", ["csrc/kernels.h"], optional=True)
+        for name in (*(f"cpu_{isa}" for isa in toolchain.ISA_FLAGS), "cuda")
     ],
     cmdclass={"build_ext": BuildNative},
 )

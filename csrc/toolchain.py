@@ -25,33 +25,54 @@ _ROOT = Path(__file__).resolve().parent
 
 def run(arguments: list, target: Path, folder: Path | None = None) -> Path:
     """Compiles or links, in `folder`, to `target`; CalledProcessError has the compiler's words in stdout."""
+    return _make([CXX, *COMMON.split(), *arguments, *_CXXFLAGS.split()], target, folder)
+
+
+def _make(command: list, target: Path, folder: Path | None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [CXX, *COMMON.split(), *arguments, *_CXXFLAGS.split(), "-o", target]
-    subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
-    )
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    subprocess.run([*command, "-o", target], check=True, cwd=folder, **said)
     return target
 
 
-def _object(source: Path, target: Path, flags: str) -> Path:
-    if target.exists() and target.stat().st_mtime >= max(f.stat().st_mtime for f in _inputs(source, target)):
+def _up_to_date(source: Path, target: Path) -> bool:
+    return target.exists() and target.stat().st_mtime >= max(
+        f.stat().st_mtime for f in _inputs(source, target)
+    )
+
+
+def compiled(source: Path, target: Path, flags: str) -> Path:
+    """The object of a source, made anew where it is older than what it was made from."""
+    return made(source, target, [CXX, *COMMON.split(), *flags.split(), *_CXXFLAGS.split()])
+
+
+def made(source: Path, target: Path, compiler: list) -> Path:
+    """As compiled, by a whole command of g++'s or nvcc's; all paths in what it lists are of this folder."""
+    if _up_to_date(source, target):
         return target
-    return run([*flags.split(), "-MMD", "-c", source.relative_to(_ROOT)], target, _ROOT)
+    return _make(
+        [*compiler, "-MMD", "-MF", target.with_suffix(".d"), "-c", source.relative_to(_ROOT)], target, _ROOT
+    )
 
 
 def _inputs(source: Path, target: Path) -> list[Path]:
     """What an object was made from: the compiler's own list, or all there is where there is none yet."""
     listed = target.with_suffix(".d")
     if not listed.exists():
-        return [source, Path(__file__), *_ROOT.rglob("*.h")]
+        return [source, Path(__file__), *_ROOT.rglob("*.h"), *_ROOT.rglob("*.cuh")]
     files = [_ROOT / word for word in listed.read_text().split(": ", 1)[1].replace("\\\n", " ").split()]
     return [Path(__file__), *(f for f in files if f.exists())]
 
 
-def _objects_folder(torch_version: str) -> Path:
+def objects_folder(torch_version: str, *more) -> Path:
     """Where objects of this compiler, these flags and this torch are kept, whoever builds."""
-    key = repr((CXX, COMMON, KERNEL, _CXXFLAGS, torch_version)).encode()
+    key = repr((CXX, COMMON, KERNEL, _CXXFLAGS, torch_version, *more)).encode()
     return _ROOT.parent / "build" / "objects" / hashlib.sha256(key).hexdigest()[:12]
+
+
+def binding_flags(torch_folder: Path) -> str:
+    """How what includes torch is compiled: its headers cost 6 s a file, optimizing them would double that."""
+    return f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
 
 
 def missing_python_headers() -> str | None:
@@ -65,9 +86,9 @@ def cpu_libraries(torch_folder: Path, torch_version: str, targets: dict[str, Pat
 
     Bindings are compiled once (torch's headers cost 6 s a file), kernels once per instruction set.
     """
-    objects = _objects_folder(torch_version)
-    include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
-    work, linked_to = [], ["-lc10", "-ltorch_cpu"]
+    objects = objects_folder(torch_version)
+    include, linked_to = binding_flags(torch_folder), ["-lc10", "-ltorch_cpu"]
+    work = []
     bindings = sorted((_ROOT / "bindings").glob("*.cpp"))
     work += [("bindings", include, f) for f in bindings if not f.stem.startswith("usual_")]
     if missing_python_headers() is None:  # without them every call takes its longer way, through Python
@@ -78,8 +99,8 @@ def cpu_libraries(torch_folder: Path, torch_version: str, targets: dict[str, Pat
     for isa in targets:
         work += [(isa, f"{KERNEL} {ISA_FLAGS[isa]}", f) for f in sorted((_ROOT / "cpu").glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_object, f, objects / kind / f"{f.stem}.o", flags) for kind, flags, f in work]
-    made = [(kind, job.result()) for (kind, _, _), job in zip(work, jobs, strict=True)]
+        jobs = [pool.submit(compiled, f, objects / kind / f"{f.stem}.o", flags) for kind, flags, f in work]
+    objects_made = [(kind, job.result()) for (kind, _, _), job in zip(work, jobs, strict=True)]
     for isa, target in targets.items():
-        linked = [made_object for kind, made_object in made if kind == isa or kind not in ISA_FLAGS]
+        linked = [made_object for kind, made_object in objects_made if kind == isa or kind not in ISA_FLAGS]
         run(["-shared", *linked, f"-L{torch_folder}/lib", *linked_to], target)

@@ -196,7 +196,7 @@ def test_without_nvcc_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     with ptxsim.device("sm_80"), pytest.raises(NotImplementedError) as error:
         ops.softmax(torch.randn(3, 8), backend="cuda")
-    sentence = f"the simulator needs nvcc to compile csrc/cuda: pip install {cuda_build.WHEELS}"
+    sentence = f"the simulator needs nvcc to compile csrc/cuda: pip install {cuda_build._toolchain().WHEELS}"
     assert str(error.value) == sentence
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,21 +22,8 @@ import torch
 _ROOT = Path(__file__).resolve().parents[3]
 CSRC = _ROOT / "csrc"
 _BUILD = _ROOT / "build" / "cuda_model"
-_FLAGS = ("-std=c++20", "-O3", "-DFASTLM_GPU")
 _HEADERS = ("*.h", "contract/*.h", "cuda/*.cuh", "bindings/*.h", "simulated/*.h")
 _ENTRY = re.compile(r"(?m)^(?:\.visible |\.weak )?\.entry\s+([$\w]+)")
-WHEELS = (
-    "nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88"
-    " nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
-)
-
-
-@functools.cache
-def nvcc() -> Path | None:
-    """The CUDA compiler: on the PATH, or of NVIDIA's wheels in this environment."""
-    if found := shutil.which("nvcc"):
-        return Path(found)
-    return next(iter(sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvcc"))), None)
 
 
 def missing() -> str | None:
@@ -45,27 +31,30 @@ def missing() -> str | None:
     if not (CSRC / "cuda").is_dir():
         return "the simulator compiles csrc/cuda: install with 'pip install -e .' from a clone of fastlm"
     if nvcc() is None:
-        return f"the simulator needs nvcc to compile csrc/cuda: pip install {WHEELS}"
-    if shutil.which(_toolchain().CXX) is None:
-        return f"the simulator needs {_toolchain().CXX} to compile csrc: apt-get install g++"
+        return f"the simulator needs nvcc to compile csrc/cuda: pip install {_toolchain().WHEELS}"
+    if shutil.which(_toolchain().toolchain.CXX) is None:
+        return f"the simulator needs {_toolchain().toolchain.CXX} to compile csrc: apt-get install g++"
     return None
 
 
 @functools.cache
 def _toolchain():
-    spec = importlib.util.spec_from_file_location("fastlm_toolchain", CSRC / "toolchain.py")
+    """csrc/cuda_toolchain.py, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location("cuda_toolchain", CSRC / "cuda_toolchain.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@functools.cache
+def nvcc() -> Path | None:
+    """The CUDA compiler that the simulator uses."""
+    return _toolchain().nvcc()
+
+
 def sources() -> tuple[list[Path], list[Path]]:
-    """(every .cu, the bindings of those that are ops and of ops made of theirs and torch's matmul)."""
-    kernels = sorted((CSRC / "cuda").glob("*.cu"))
-    names = [name for f in kernels for name in (f.stem, f"{f.stem}_varlen")]
-    names += ["feed_forward", "linear_cross_entropy"]
-    bindings = [CSRC / "bindings" / f"{name}.cpp" for name in sorted(names)]
-    return kernels, [f for f in bindings if f.exists()]
+    """(every .cu, the bindings of csrc/cuda's ops)."""
+    return _toolchain().sources()
 
 
 @functools.cache
@@ -76,7 +65,7 @@ def _headers() -> bytes:
 
 def _place(name: str, made_from: list) -> Path:
     """build/cuda_model/<name>, with a hash in it of all that it is made from."""
-    key = hashlib.sha256(_headers() + repr((_FLAGS, nvcc(), torch.__version__)).encode())
+    key = hashlib.sha256(_headers() + repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
     for part in made_from:
         key.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
     stem, _, suffix = name.rpartition(".")
@@ -99,7 +88,7 @@ def _kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
 
 
 def _nvcc(*arguments) -> None:
-    command = [nvcc(), *_FLAGS, *arguments]
+    command = [nvcc(), *_toolchain().GPU_FLAGS, *arguments]
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -132,7 +121,7 @@ def _declared(line: str) -> str:
 def library(cuda: list[Path], bindings: list[Path]) -> Path:
     """One shared library: these launchers and bindings, the stand-in CUDA runtime, the noting allocator."""
     torch_folder = Path(torch.__file__).parent
-    include = f"-O1 -isystem{torch_folder}/include -isystem{torch_folder}/include/torch/csrc/api/include"
+    include = _toolchain().toolchain.binding_flags(torch_folder)
     simulated = sorted((CSRC / "simulated").glob("*.cpp"))
 
     def host(source: Path) -> Path:
@@ -146,11 +135,11 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
 
     def binding(source: Path) -> Path:
         flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED", "-c", source]
-        return _kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().run(flags, to))
+        return _kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().toolchain.run(flags, to))
 
     def link(to: Path) -> None:
         linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
-        _toolchain().run(linked, to)
+        _toolchain().toolchain.run(linked, to)
 
     with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(host, f) for f in cuda]
