@@ -1,9 +1,10 @@
 """make gpu: all tests and benchmarks on this machine's NVIDIA GPU, unattended, within ten minutes.
 
 Finds a Python whose torch sees the GPU (the one given, .venv's, or python3's), builds fastlm for it, runs all
-tests (those of Triton's kernels run on the GPU), then `fastlm bench --device cuda`. A step that fails or
-lasts too long costs its own results only. Writes benchmarks/results/<gpu>-<date>.json, pictures in a folder
-of that name beside it, and the steps' output in build/gpu. To begin it needs the standard library alone.
+tests (those of the cuda and triton backends run on the GPU), then `fastlm bench --device cuda` with both. A
+step that fails or lasts too long costs its own results only. Writes benchmarks/results/<gpu>-<date>.json,
+pictures in a folder of that name beside it, and the output of the steps in build/gpu. To begin it needs the
+standard library alone.
 
 Exit status: 0, all passed; 1, something failed, and the rest is written; 2, it could not begin; 3, no GPU.
 """
@@ -161,7 +162,8 @@ def build(run: Run) -> bool:
 def test(run: Run) -> dict:
     """Runs all tests, those of the ops first, and says how many passed; what failed is named."""
     workers = str(max(1, min(8, os.cpu_count() or 1)))
-    asked = ["-v", "--color=no", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_ops.py", "tests"]
+    asked = ["-v", "--color=no", "-p", "no:cacheprovider", "-m", "not slow and not gpu_model"]
+    asked += ["tests/test_gpu.py", "tests/test_ops.py", "tests"]
     begin = time.monotonic()
     code = run.step("tests", ["pytest", "-n", workers, *asked], run.left * TESTS_SHARE)
     found = test_results((LOGS / "tests.log").read_text(errors="replace"))
@@ -186,6 +188,7 @@ def bench(run: Run, file: Path) -> bool:
     If it dies or hangs, it goes on with the next measurement: what it was at is noted as failed.
     """
     asked = ["fastlm", "bench", "--device", "cuda", "--rounds", "5", "--resume", "--json", str(file)]
+    asked += ["--backend", "cuda", "--backend", "triton"]  # is dispatch right to prefer the first?
     asked += ["--plot", str(file.with_suffix(""))]
     file.with_name(f"{file.name}.part").unlink(missing_ok=True)  # an earlier run is not resumed
     code: int | None = 1

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import _cuda, _triton
+from . import _cuda_kernels, _triton
 
 REINSTALL = "reinstall with 'pip install --no-build-isolation -e .'"
 
@@ -48,7 +48,7 @@ def _load_all() -> dict[str, str | None]:
     isa = _ISA.get(torch.backends.cpu.get_cpu_capability(), "default")
     return {
         "cpu": _load(f"_cpu_{isa}", _build()),
-        "cuda": _cuda.without_cuda() or _load("_cuda", _build()),
+        "cuda": _cuda_kernels.without_cuda() or _load("_cuda", _build()),
         "triton": _triton.missing(),
     }
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from . import _cuda, _load, _triton
+from . import _cuda_kernels, _load, _triton
 
 _LIBRARY = torch.library.Library("fastlm", "DEF")
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
@@ -139,7 +139,7 @@ class Op:
     def _refusal(self, backend: str, args: Sequence) -> str | None:
         device, first = _DEVICES[backend], args[0]
         simulates = backend == "cuda" and _triton.simulator.arch is not None and first.is_cpu
-        missing = _cuda.simulation_missing() if simulates else _load.MISSING[backend]
+        missing = _cuda_kernels.simulation_missing() if simulates else _load.MISSING[backend]
         if missing is not None:
             return missing
         if device == "cuda":
@@ -251,6 +251,6 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
         for key in ("CUDA", "CPU"):  # on CPU tensors the simulator runs them
             _LIBRARY.impl(f"{name}.triton", body, key)
     if backend == "cuda":
-        _LIBRARY.impl(f"{name}.cuda", _cuda.simulated_body(name), "CPU")
+        _LIBRARY.impl(f"{name}.cuda", _cuda_kernels.simulated_body(name), "CPU")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.fastlm, name), backend)

@@ -27,9 +27,11 @@ def tried(
 ) -> tuple[dict[str, Callable], dict[str, Tensor], dict[str, str]]:
     """Side -> step, and -> output of its first call, of those that run; and side -> why not of the others.
 
-    A backend of fastlm's that refuses the call still raises its NotImplementedError: somebody asked for it.
+    Where every backend of fastlm's that was asked for refuses the call, the first one's NotImplementedError
+    is raised; where another runs, the refusal is noted.
     """
     steps, outputs, failed = {}, {}, {}
+    refusals: list[NotImplementedError] = []
     for name, build in builders.items():
         try:
             step = build()
@@ -37,9 +39,11 @@ def tried(
             steps[name] = step
         except Exception as error:
             if isinstance(error, NotImplementedError) and is_fastlm(name):
-                raise
+                refusals.append(error)
             failed[name] = reason_of(error)
             check_device_lives(device, failed[name])
+    if refusals and not any(map(is_fastlm, steps)):
+        raise refusals[0]
     return steps, outputs, failed
 
 
