@@ -9,7 +9,11 @@ C_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cu
 NVCC_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
   nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 
-.PHONY: setup demo test test-slow test-gpu-model bars mutate bench gpu lint format sanitize clean
+# A torch with CUDA, several GB: only test-cuda-build installs it, in an environment of its own.
+CUDA_TORCH := 2.14.1
+CUDA_VENV := .venv-cuda
+
+.PHONY: setup demo test test-slow test-gpu-model test-cuda-build bars mutate bench gpu lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -45,6 +49,14 @@ test-slow: setup $(VENV)/nvcc
 # Every case of every GPU kernel on every simulated architecture.
 test-gpu-model: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
+
+# Installs fastlm against a CUDA build of torch for four architectures, and looks at what was built; needs no GPU.
+# Quarter of an hour on 2 cores.
+test-cuda-build:
+	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) TORCH=$(CUDA_TORCH) $(CUDA_VENV)/torch-$(CUDA_TORCH) $(CUDA_VENV)/nvcc
+	@echo "Building fastlm for sm_80, sm_90, sm_100 and sm_120"
+	@TORCH_CUDA_ARCH_LIST="8.0 9.0 10.0 12.0" $(CUDA_VENV)/bin/python -m pip -qq install --no-deps --no-build-isolation .
+	@$(CUDA_VENV)/bin/pytest -p no:cacheprovider tests/test_cuda_build.py $(ARGS)
 
 # What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
 bars: setup
@@ -84,4 +96,4 @@ sanitize: setup
 	  $(CURDIR)/$(PYTHON) $(CURDIR)/tests/run_cases.py
 
 clean:
-	@rm -rf $(VENV) build *.egg-info fastlm/*.so fastlm/_build.json
+	@rm -rf $(VENV) $(CUDA_VENV) build *.egg-info fastlm/*.so fastlm/_build.json

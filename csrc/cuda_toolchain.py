@@ -76,15 +76,15 @@ def compiler(torch_cuda: str) -> Path:
     wheels = f"pip install {WHEELS}" if series == "13" else f"install the CUDA {torch_cuda} toolkit"
     if found is None:
         where = "neither on the PATH nor in $CUDA_HOME"
-        raise CannotBuild(f"nvcc is {where}: {wheels}, then reinstall fastlm")
+        raise CannotBuild(f"nvcc is {where}: {wheels}")
     said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None or release[1] != series:
         version = f"{release[1]}.{release[2]}" if release else "of unknown version"
-        fix = f"{wheels} and point CUDA_HOME at it, then reinstall fastlm"
+        fix = f"{wheels} and point CUDA_HOME at it"
         raise CannotBuild(f"{found} is CUDA {version}, torch was built with CUDA {torch_cuda}: {fix}")
     if shutil.which(toolchain.CXX) is None:
-        raise CannotBuild(f"{toolchain.CXX} is not installed: apt-get install g++, then reinstall fastlm")
+        raise CannotBuild(f"{toolchain.CXX} is not installed: apt-get install g++")
     return found
 
 
@@ -92,11 +92,14 @@ def jobs() -> int:
     """Compilers at once: $MAX_JOBS, else one a processor, as far as memory that is free now holds them."""
     if asked := os.environ.get("MAX_JOBS"):
         return max(1, int(asked))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, _free_bytes() // _JOB_BYTES))
+
+
+def _free_bytes() -> int:
     meminfo = Path("/proc/meminfo")  # counts what the page cache would give back
     if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        free = int(found[1]) << 10
-    return max(1, min(os.cpu_count() or 1, free // _JOB_BYTES))
+        return int(found[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _toolkit(compile_cuda: Path) -> Path:

@@ -21,6 +21,8 @@ _LIBRARY = torch.library.Library("fastlm", "DEF")
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # whose tensors a backend takes
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _transform = torch._C._functorch.peek_interpreter_stack
+# Asked once: torch 2.11's compiler cannot trace the question.
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d))
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 OPS: dict[str, "Op"] = {}
@@ -233,9 +235,14 @@ def _as_tuple(value) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether torch.autocast is on for tensors of a device type; meta has none."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
 def _outside_autocast(function: Callable, args: Sequence):
     device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on meta
+    if autocast_is_on(device):
         with torch.autocast(device, enabled=False):
             return function(*args)
     return function(*args)

@@ -41,14 +41,18 @@ def _points():
 
 
 def _is_small(case, dtype):
-    """Of few numbers the reference may be right by luck; of many a simulated launch takes up to a second."""
+    """Of few numbers the reference may be right by luck; of many a simulated launch takes up to a second.
+
+    On a GPU it is the reference in float64, and the CPU that judges, that take the time.
+    """
     given = case.inputs(Draw(0, dtype)).values()
     return sum(t.numel() for t in given if isinstance(t, torch.Tensor)) < 2000
 
 
 @pytest.mark.parametrize(("name", "backend", "arch", "case", "dtype"), list(_points()))
 def test_kernel_is_as_right_as_the_reference(name, backend, arch, case, dtype):
-    seeds = SEEDS[:2] if arch and not _is_small(case, dtype) else SEEDS
+    few = backend in ("cuda", "triton") and not _is_small(case, dtype)
+    seeds = SEEDS[:2] if few else SEEDS
     with ptxsim.device(arch) if arch else nullcontext():
         _check(name, backend, case, dtype, seeds)
 

@@ -2,7 +2,9 @@
 // because an autograd.Function in Python costs 20 us forward and 30 us backward, which a small op never
 // earns back.
 #include <ATen/FuncTorchTLS.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/item.h>
+#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -165,7 +167,8 @@ class KernelNode : public torch::autograd::Node {
     return known[w.public_outputs + w.arguments + w.units[argument]].toTensor();
   }
 
-  // By what forward computed, in place: a copy of a large weight's gradient would cost its memory again.
+  // By what forward computed: in place, as a copy of a large weight's gradient would cost its memory again,
+  // or where it has to be of another type in one pass.
   static variable_list scaled_units(const Wiring& w, const std::vector<IValue>& known,
                                     const std::vector<bool>& needs) {
     const Tensor gradient = known[0].toTensor();
@@ -175,9 +178,17 @@ class KernelNode : public torch::autograd::Node {
     for (int64_t i = 0; i < w.arguments; ++i) {
       if (!needs[i]) continue;
       const Tensor unit = unit_of(w, known, i);
-      found[i] = (is_one ? unit : unit.mul_(gradient)).to(argument_of(w, known, i).scalar_type());
+      const at::ScalarType type = argument_of(w, known, i).scalar_type();
+      found[i] = is_one                       ? unit.to(type)
+                 : unit.scalar_type() == type ? unit.mul_(gradient)
+                                              : scaled(unit, gradient, type);
     }
     return found;
+  }
+
+  static Tensor scaled(const Tensor& unit, const Tensor& gradient, at::ScalarType type) {
+    Tensor result = at::empty_like(unit, unit.options().dtype(type));
+    return at::mul_out(result, unit, gradient);
   }
 
   // By the backward kernel.

@@ -3,19 +3,16 @@
 import torch
 from torch import Tensor
 
+from .._op import autocast_is_on
+
 
 def matmul_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as torch.matmul sees them: under autocast cast to its dtype, float64 kept."""
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not is_on(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if _is_cast(t) else t for t in tensors)
-
-
-def is_on(device: str) -> bool:
-    """Whether autocast is on for tensors of a device type."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_cast(t) -> bool:

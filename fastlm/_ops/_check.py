@@ -102,7 +102,7 @@ def dropout_seed(op: str, p: float, seed, x: Tensor) -> Tensor | None:
         return seed.reshape(1)
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must be None, a 64-bit int or an int64 tensor, got {seed!r}")
-    return torch.tensor([seed], dtype=torch.int64, device=x.device)
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device)  # no copy from the host: nothing waits
 
 
 def attention_mask(op: str, mask, shape: torch.Size, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ cache that is not paged is one of `batch` pages of `slots` tokens, sequence b ha
 import torch
 from torch import Tensor
 
+from .._op import autocast_is_on
 from . import _check
 
 
@@ -104,7 +105,7 @@ def no_gradient(op: str, **tensors: Tensor | None) -> None:
 def cast_to_cache(cache, *tensors):
     """The tensors in a floating cache's dtype under autocast: to cast the cache would copy all of it."""
     device = cache.device.type if isinstance(cache, Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     if not isinstance(cache, Tensor) or not cache.is_floating_point():
         return tensors

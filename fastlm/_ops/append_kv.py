@@ -29,7 +29,8 @@ def reference(k, v, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale)
 def quantised(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..., dim] as (int8 [..., dim], scale [...]); where x holds NaN or infinity so does scale."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    scale = (x.abs().amax(-1) / 127).to(scale_dtype)
+    largest = x.abs().amax(-1)
+    scale = (largest / largest.new_full((), 127)).to(scale_dtype)  # by a number a GPU multiplies with 1 / 127
     usable = (scale > 0) & scale.isfinite()
     q = (x / torch.where(usable, scale, 1.0)[..., None]).round()
     return torch.where(usable[..., None], q, 0.0).to(torch.int8), scale

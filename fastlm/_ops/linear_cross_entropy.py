@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._op import Op, may_be_usual
+from .._op import Op, autocast_is_on, may_be_usual
 from . import _check, cross_entropy
-from ._autocast import is_on, matmul_operands
+from ._autocast import matmul_operands
 
 
 def reference(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early):
@@ -44,7 +44,7 @@ def check(x, weight, target, bias, ignore_index, label_smoothing, z_loss, reduct
     cross_entropy.check_target(op, target, x, weight.shape[0], ignore_index)
     wanted = reduction != "none" and torch.is_grad_enabled()
     early = [wanted and t is not None and t.requires_grad for t in (x, weight, bias)]
-    widened = x.itemsize < 4 and is_on(x.device.type)
+    widened = x.itemsize < 4 and autocast_is_on(x.device.type)
     return x, weight, bias, target, *options, widened, early
 
 

@@ -32,7 +32,7 @@ CASES = [
     Case("sum", lambda d: _inputs(d, 7, 24, ignored=0.3, reduction="sum")),
     Case("none", lambda d: _inputs(d, 3, 7, 24, ignored=0.3, reduction="none") | {"bias": d.normal(41)}),
     Case("many-rows", lambda d: _inputs(d, 3, 700, 24, ignored=0.3)),
-    Case("many-rows-none", lambda d: _inputs(d, 1100, 24, classes=65, reduction="none")),
+    Case("many-rows-none", lambda d: _inputs(d, 2100, 24, classes=65, reduction="none")),
     Case("many-classes", lambda d: _inputs(d, 9, 24, classes=9001)),
     Case("label-smoothing", lambda d: _inputs(d, 9, 24, ignored=0.2, label_smoothing=0.1)),
     Case("z-loss", lambda d: _inputs(d, 9, 24, ignored=0.2, z_loss=1e-2)),
