@@ -9,7 +9,7 @@ kernel runs.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,6 +81,8 @@ class Op:
         the first is a floating tensor, the others are on its device, and float64 only where it is.
     forward, backward: (schema without a name, fake implementation); backward may be None.
     backends: name -> None, or a function of the forward arguments that returns a reason to refuse, or None.
+    triton_first: a function of the forward arguments: whether the call is so large that Triton's kernel was
+        measured to be faster than the CUDA C++ one, which costs less to start. docs/gpu.md has the figures.
     shared_gradients: {argument: "d<another>" or "d<output>"}: a gradient equal to another, where the backward
         kernel returns none or an empty one: a functional op may not return one tensor twice.
 
@@ -97,9 +99,11 @@ class Op:
         forward: tuple[str, Callable],
         backward: tuple[str, Callable] | None = None,
         backends: dict[str, Callable | None],
+        triton_first: Callable[..., bool] | None = None,
         shared_gradients: dict[str, str] | None = None,
     ):
         self.name, self.reference, self.check, self.backends = name, reference, check, backends
+        self.triton_first = triton_first
         self.usual: Callable = getattr(_load.USUAL, name, _never)
         self.forward: dict[str, Callable] = {}
         self.backward: dict[str, Callable] = {}
@@ -168,12 +172,18 @@ class Op:
             if reason is not None:
                 raise NotImplementedError(reason)
             return backend
-        for name in self.backends:
-            if name == "cuda" and args[0].is_cpu:  # simulated: only who asks for it waits for its compilers
-                continue
+        for name in self._best_first(args):
             if self._refusal(name, args) is None:
                 return name
         return "reference"
+
+    def _best_first(self, args: Sequence) -> Iterable[str]:
+        """The backends in the order in which they are tried for a call that names none."""
+        if args[0].is_cpu:  # simulated CUDA C++: only who asks for it waits for its compilers
+            return (b for b in self.backends if b != "cuda")
+        if self.triton_first is not None and self.triton_first(*args):
+            return ("triton", *(b for b in self.backends if b != "triton"))
+        return self.backends
 
     def __call__(self, backend: str | None, args: Sequence) -> tuple:
         """Runs the op on the forward schema's arguments; returns the public outputs as a tuple."""
