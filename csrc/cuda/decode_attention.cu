@@ -190,9 +190,21 @@ struct Walk {
   uint32_t end;
   const uint4* queries;             // of this warp's tile
   typename S::Keys ring;            // of its turn
+  typename S::Keys::Found next;     // the step whose keys were asked for last
   Range ranges[2];                  // of the rows lane / 4 and lane / 4 + 8 of its tile
   float top[2], total[2], unit[2];  // total: this thread's share; unit: of sums, 1 but where kScaled
   float sums[S::kSums][4];
+
+  __device__ uint32_t each() const { return kWarps / d.cut.tiles * kKeys; }  // keys of a block's step
+
+  // Starts to copy this warp's first keys and values, from `start` on, as many as the ring takes.
+  __device__ void ask(uint32_t start) {
+    for (int slot = 0; slot < ring.steps(); ++slot) {
+      next = ring.find(start + slot * each());
+      ring.template copy<false>(next, slot);
+      if (slot + 1 < ring.steps()) ring.template copy<true>(next, slot);
+    }
+  }
 
   // Along the keys from `start` on, a step of all warps at a time, of which this warp's are `turn` on. All
   // take as many steps: those of a ring wait for each other.
@@ -200,23 +212,15 @@ struct Walk {
 #pragma unroll
     for (int i = 0; i < 2; ++i) top[i] = -INFINITY, total[i] = 0, unit[i] = kScaled ? 0 : 1;
     set_zero<kDim>(sums);
-    if (start >= end) return;
     const int steps = ring.steps();
-    const uint32_t each = kWarps / d.cut.tiles * kKeys;
-    typename S::Keys::Found next;
-    for (int slot = 0; slot < steps; ++slot) {
-      next = ring.find(start + turn + slot * each);
-      ring.template copy<false>(next, slot);
-      if (slot + 1 < steps) ring.template copy<true>(next, slot);
-    }
-    for (int slot = 0; start < end; start += each, slot = (slot + 1) & (steps - 1)) {
-      step(start + turn, slot, start + turn + steps * each, next);
+    for (int slot = 0; start < end; start += each(), slot = (slot + 1) & (steps - 1)) {
+      step(start + turn, slot, start + turn + steps * each());
     }
     wait_for_copies<0>();  // nothing may land in what takes the rings' place
   }
 
   // Values are copied a step later than keys: then their slot is free after a wait that is needed anyway.
-  __device__ void step(uint32_t start, int slot, uint32_t ahead, typename S::Keys::Found& next) {
+  __device__ void step(uint32_t start, int slot, uint32_t ahead) {
     ring.wait();  // keys have landed, and the values before are used
     ring.template copy<true>(next, (slot - 1) & (ring.steps() - 1));
     next = ring.find(ahead);
@@ -489,8 +493,6 @@ __global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim, kIsWide>::kResiden
   const int lane = threadIdx.x % 32, self = threadIdx.x / 32;
   const int tile = self % cut.tiles, warp = self / cut.tiles, warps = kWarps / cut.tiles;
   const int64_t block = static_cast<int64_t>(row_block) * cut.tiles * kRows, first = block + tile * kRows;
-  load_queries<Q, C, kDim, kIsWide>(d, batch, kv_head, block, queries);
-  __syncthreads();
   char* const rings = reinterpret_cast<char*>(queries + S::kQParts * cut.tiles * S::kFragments * 32);
   char* const ring = rings + warp * S::Keys::bytes_of(cut.tiles);
   Walk<Q, C, kDim, kIsWide> walk = {d,
@@ -499,6 +501,9 @@ __global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim, kIsWide>::kResiden
                                     end,
                                     queries + tile * S::kFragments * 32,
                                     {d.a, batch, kv_head, end, cut.tiles, tile, ring}};
+  if (begin < end) walk.ask(begin + warp * kKeys);  // before anything else is waited for
+  load_queries<Q, C, kDim, kIsWide>(d, batch, kv_head, block, queries);
+  __syncthreads();
   for (int i = 0; i < 2; ++i) {
     const Row row = row_of(d, kv_head, first + i * 8 + lane / 4);
     walk.ranges[i] = range_of(d.a, batch, row, reach.end, end);
