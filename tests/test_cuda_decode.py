@@ -86,6 +86,25 @@ def test_more_than_48_kb_of_shared_memory_are_asked_for(dtype, dim, rows):
     assert all(v.ratio <= 1 for v in verdicts(ops.decode_attention, [inputs], (), "cuda"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rows"),
+    [
+        *((torch.float16, 32, rows) for rows in (3, 20, 40)),
+        *((torch.bfloat16, 128, rows) for rows in (3, 40)),
+        *((torch.float32, 128, rows) for rows in (3, 20)),
+    ],
+    ids=str,
+)
+def test_more_keys_than_a_ring_holds(dtype, dim, rows):
+    """Rings go round, as 133 sequences are so many blocks that keys are not cut into parts."""
+    lengths = (290, 1) + (0,) * 131
+    inputs = decode_inputs(lengths, heads=rows, kv_heads=1, slots=300, dim=dim, dtype=dtype)
+    out = ops.decode_attention(**inputs, backend="cuda")
+    assert len(cuda.runtime().launches) == 1
+    assert out.isfinite().all()
+    assert all(v.ratio <= 1 for v in verdicts(ops.decode_attention, [inputs], (), "cuda"))
+
+
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 def test_large_and_small_values_of_one_row_keep_their_digits(quantised):
     """A value of 1e4 with weight e^-30 beside one of 1e-5 with weight 1."""

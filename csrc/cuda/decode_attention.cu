@@ -4,14 +4,14 @@
 // Row r of a kv head is query r % queries of the r / queries-th of the query heads that share it. A block
 // takes up to 64 rows of one kv head and one part of its keys: a tile of 16 rows a warp, and where there are
 // fewer rows than warps, the warps of a tile take the keys in turns, 16 at a time. So a key and a value are
-// read from memory once for all rows; where warps share them, the others find them in the first-level cache.
+// read from memory once for all rows of a block.
 //
-// They go from the cache into registers and nowhere else: a sum over dims or keys may be taken in any order,
-// so each thread reads 16 bytes of a row and these are, as they are (keys) or after exchanging halves between
-// the rows that it has read itself (values), its part of an mma operand. No barrier, and nothing waits in
-// shared memory: a warp has 8 KB under way, the 8 and more warps of a multiprocessor 64 KB and more, and it
-// needs some 20 KB (3 TB/s, 800 ns, 132 of them). cp.async would take the same bytes through shared memory,
-// twice. Shared memory holds the queries as mma operands, and the sums of warps when they are added up.
+// Keys and values come through rings in shared memory (decode_ring.cuh), copies of later steps under way
+// while one is used. A sum over dims or keys may be taken in any order, so each thread takes 16 bytes of a
+// row from there and these are, as they are (keys) or after exchanging halves between the rows that it has
+// taken itself (values), its part of an mma operand. Of 256-byte rows (128 dims of half precision) a warp has
+// 12 KB under way whenever it waits, a block 48 KB; an H200 needs some 30 KB a multiprocessor (3.8 TB/s and
+// 1 us for 132 of them).
 //
 // How many parts there are follows from shapes, how long they are from a sequence's length, on the device: so
 // a CUDA graph can be replayed with other lengths, and the bits do not depend on the cache's capacity. A
@@ -23,9 +23,7 @@
 // https://arxiv.org/abs/1805.02867; Kwon et al., "PagedAttention", https://arxiv.org/abs/2309.06180.
 #include <algorithm>
 
-#include "../contract/decode_attention.h"
-#include "fragments.cuh"
-#include "kv_cache.cuh"
+#include "decode_ring.cuh"
 #include "launch.cuh"
 
 namespace fastlm {
@@ -33,12 +31,10 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kRows = 16;         // of a warp, as mma has them
-constexpr int kKeys = 16;         // of a warp's step: what mma sums over
-constexpr int64_t kBlocks = 528;  // wanted: four for each multiprocessor of an H100
+constexpr int64_t kBlocks = 264;  // at most, where keys are cut: two for each multiprocessor of an H100
 constexpr int64_t kMostParts = 128;
-constexpr int64_t kLeastShare =
-    128;                   // keys of a part: two steps of each warp, or its start is most of its work
-constexpr int kKept = 64;  // registers of a thread for keys or values on their way: 8 KB a warp
+// Keys of a part: two steps of each warp, or its start is most of its work.
+constexpr int64_t kLeastShare = 128;
 constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -56,8 +52,8 @@ Cut cut_of(const DecodeAttention& a) {
   cut.tiles = cut.rows <= kRows ? 1 : cut.rows <= 2 * kRows ? 2 : kWarps;
   cut.row_blocks = static_cast<int>(divide_up(cut.rows, cut.tiles * kRows));
   const int64_t groups = a.batch * a.kv_heads * cut.row_blocks;
-  const int64_t wanted = divide_up(kBlocks, std::max<int64_t>(groups, 1));
-  cut.shares = static_cast<int>(std::min(wanted, kMostParts));
+  // Rounded down: all blocks run at once, and where there are enough without parts nothing is merged.
+  cut.shares = static_cast<int>(std::clamp<int64_t>(kBlocks / std::max<int64_t>(groups, 1), 1, kMostParts));
   int64_t reach = a.pages.capacity();
   if (a.left >= 0 && a.left < reach - a.queries) reach = a.left + a.queries;
   cut.parts = static_cast<int>(std::clamp<int64_t>(divide_up(reach, kLeastShare), 1, cut.shares));
@@ -132,30 +128,30 @@ struct OfWarps {
 };
 
 // What a thread holds. In shared memory: OfWarps, then queries as mma operands, uint4 [kQParts][tiles]
-// [kFragments][lane], then where warps share a tile their sums, float4 [tiles][kSums][lane].
-template <class Q, class C, int kDim>
+// [kFragments][lane], then rings, one for each turn; in their place, when they are not needed any more, the
+// sums of warps that share a tile, float4 [tiles][kSums][lane].
+template <class Q, class C, int kDim, bool kIsWide>
 struct Shape {
   using T = typename Operand<Q>::Type;
+  using Keys = Ring<C, kDim, kIsWide>;
   static constexpr int kQParts = Operand<Q>::kParts, kCacheParts = Operand<C>::kParts;
-  // Numbers that a thread reads at a time: a quad takes a key, eight lanes take a value.
+  // Numbers that a thread takes at a time: a quad takes a key, eight lanes take a value.
   static constexpr int kKeyWidth = std::min(kWide<C>, kDim / 4), kValueWidth = std::min(kWide<C>, kDim / 8);
   static constexpr int kKeyChunks = kDim / (4 * kKeyWidth), kValueChunks = kDim / (8 * kValueWidth);
-  static constexpr int kRegisters = kDim * sizeof(C) / 8;  // of a thread, for kKeys keys or values
-  static constexpr int kPasses = std::max(1, kRegisters / (kQParts == 1 ? kKept : kKept / 2));
-  static constexpr bool kEarly = kRegisters <= kKept / 2 && kDim < 256;  // values are asked for with keys
-  static constexpr int kResident = kQParts > 1 || kDim > 128 ? 2 : kDim > 64 ? 3 : 4;  // blocks: no spills
+  // Blocks: as shared memory has room for in an H100, or fewer so that registers do not spill.
+  static constexpr int kResident = kQParts > 1 || kDim > 128 ? 2 : 3;
   static constexpr int kFragments = kDim / 16, kSums = kDim / 8;
 
   static size_t shared(const Cut& cut) {
     const size_t queries = sizeof(uint4) * 32 * kQParts * kFragments * cut.tiles;
-    return sizeof(OfWarps) + queries + (cut.tiles < kWarps ? sizeof(float4) * 32 * kSums * cut.tiles : 0);
+    return sizeof(OfWarps) + queries + kWarps / cut.tiles * Keys::bytes_of(cut.tiles);
   }
 };
 
 // A block's queries into shared memory.
-template <class Q, class C, int kDim>
+template <class Q, class C, int kDim, bool kIsWide>
 __device__ void load_queries(const Decode& d, int64_t batch, int64_t kv_head, int64_t first, uint4* queries) {
-  using S = Shape<Q, C, kDim>;
+  using S = Shape<Q, C, kDim, kIsWide>;
   const DecodeAttention& a = d.a;
   const int lane = threadIdx.x % 32, each = d.cut.tiles * S::kFragments;
   for (int i = threadIdx.x / 32; i < each; i += kWarps) {
@@ -185,93 +181,86 @@ __device__ void load_queries(const Decode& d, int64_t batch, int64_t kv_head, in
 // One warp on its way along its keys.
 template <class Q, class C, int kDim, bool kIsWide>
 struct Walk {
-  using S = Shape<Q, C, kDim>;
+  using S = Shape<Q, C, kDim, kIsWide>;
   using T = typename S::T;
   static constexpr bool kScaled = std::is_same_v<C, int8_t>;
-
-  struct Found {  // of the key (lanes 0 to 15) or the value (16 to 31) at position start + lane % 16
-    int64_t at;   // in its cache; -1 where there is none
-    float scale;
-  };
-  struct Values {
-    Words<C, S::kValueWidth> words[S::kValueChunks / S::kPasses][4];
-  };
 
   const Decode& d;
   int64_t batch, kv_head;
   uint32_t end;
   const uint4* queries;             // of this warp's tile
+  typename S::Keys ring;            // of its turn
+  typename S::Keys::Found next;     // the step whose keys were asked for last
   Range ranges[2];                  // of the rows lane / 4 and lane / 4 + 8 of its tile
   float top[2], total[2], unit[2];  // total: this thread's share; unit: of sums, 1 but where kScaled
   float sums[S::kSums][4];
 
-  __device__ void begin() {
+  __device__ uint32_t each() const { return kWarps / d.cut.tiles * kKeys; }  // keys of a block's step
+
+  // Starts to copy this warp's first keys and values, from `start` on, as many as the ring takes.
+  __device__ void ask(uint32_t start) {
+    for (int slot = 0; slot < ring.steps(); ++slot) {
+      next = ring.find(start + slot * each());
+      ring.template copy<false>(next, slot);
+      if (slot + 1 < ring.steps()) ring.template copy<true>(next, slot);
+    }
+  }
+
+  // Along the keys from `start` on, a step of all warps at a time, of which this warp's are `turn` on. All
+  // take as many steps: those of a ring wait for each other.
+  __device__ void along(uint32_t start, uint32_t turn) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) top[i] = -INFINITY, total[i] = 0, unit[i] = kScaled ? 0 : 1;
-#pragma unroll
-    for (int n = 0; n < S::kSums; ++n) {
-#pragma unroll
-      for (float& sum : sums[n]) sum = 0;
+    set_zero<kDim>(sums);
+    const int steps = ring.steps();
+    for (int slot = 0; start < end; start += each(), slot = (slot + 1) & (steps - 1)) {
+      step(start + turn, slot, start + turn + steps * each());
     }
+    wait_for_copies<0>();  // nothing may land in what takes the rings' place
   }
 
-  __device__ void step(uint32_t start) {
-    const Found found = find(start);
-    Values values;
-    if constexpr (S::kEarly) load_values(found, 0, values);
+  // Values are copied a step later than keys: then their slot is free after a wait that is needed anyway.
+  __device__ void step(uint32_t start, int slot, uint32_t ahead) {
+    ring.wait();  // keys have landed, and the values before are used
+    ring.template copy<true>(next, (slot - 1) & (ring.steps() - 1));
+    next = ring.find(ahead);
     float s[2][4] = {};
-    add_scores(found, s);
+    if (start < end) add_scores(slot, s);
+    ring.wait();  // values have landed, and the keys are used
+    ring.template copy<false>(next, slot);
+    if (start >= end) return;
     uint4 weights[S::kQParts];
-    softmax(found, start, s);
+    mask(start, s);
+    softmax(slot, s);
     pack(s, weights);
-#pragma unroll
-    for (int pass = 0; pass < S::kPasses; ++pass) {
-      if constexpr (!S::kEarly) load_values(found, pass, values);
-      add_values(values, pass, weights);
-    }
-  }
-
-  // A page that does not exist: the first one instead, as a length that is too long is the capacity.
-  __device__ Found find(uint32_t start) const {
-    const DecodeAttention& a = d.a;
-    const int lane = threadIdx.x % 32;
-    const uint32_t t = start + lane % kKeys;
-    Found found = {-1, 0};
-    if (t >= end) return found;
-    Slot slot = slot_of(a.pages, batch, t);
-    if (!exists(a.pages, slot.page)) slot.page = 0;
-    const CacheStrides& at = lane < kKeys ? a.k_at : a.v_at;
-    found.at = slot.page * at.page + kv_head * at.head + slot.index * at.slot;
-    if constexpr (kScaled) {
-      const float* scales = lane < kKeys ? a.k_scales : a.v_scales;
-      found.scale = scales[slot.page * at.scale_page + kv_head * at.scale_head + slot.index * at.scale_slot];
-    }
-    return found;
-  }
-
-  // Null where there is none. Only then does the compiler know that it is global memory.
-  __device__ static const C* row_of_lane(const void* cache, const Found& found, int lane) {
-    const int64_t at = __shfl_sync(0xffffffffu, found.at, lane);
-    return at < 0 ? nullptr : static_cast<const C*>(cache) + at;
+    add_values(slot, weights);
   }
 
   // s[n][c] += q . k: rows lane / 4 (c < 2) and lane / 4 + 8, key 8 n + lane % 4 * 2 + c % 2.
-  __device__ void add_scores(const Found& found, float (&s)[2][4]) const {
-    constexpr int kChunks = S::kKeyChunks / S::kPasses;
+  __device__ void add_scores(int slot, float (&s)[2][4]) const {
     const int lane = threadIdx.x % 32;
-    const C* keys[2] = {row_of_lane(d.a.k, found, lane / 4), row_of_lane(d.a.k, found, lane / 4 + 8)};
+    const char* keys = ring.tile(slot, false);
 #pragma unroll
-    for (int pass = 0; pass < S::kPasses; ++pass) {
-      Words<C, S::kKeyWidth> words[kChunks][2];
+    for (int c = 0; c < S::kKeyChunks; ++c) {
+      Words<C, S::kKeyWidth> words[2];
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int col = ((pass * kChunks + c) * 4 + lane % 4) * S::kKeyWidth;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) read<kIsWide>(keys[n], col, d.a.dim, words[c][n]);
+      for (int n = 0; n < 2; ++n) {
+        ring.take(keys, 8 * n + lane / 4, (c * 4 + lane % 4) * S::kKeyWidth, words[n]);
       }
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) multiply_keys(words[c], pass * kChunks + c, s);
+      multiply_keys(words, c, s);
     }
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float scale = scale_of(slot, k, false);
+        s[k / 2][k % 2] *= scale, s[k / 2][k % 2 + 2] *= scale;
+      }
+    }
+  }
+
+  // Of the k-th of the keys or values that a thread has in s.
+  __device__ float scale_of(int slot, int k, bool value) const {
+    return ring.scales(slot, value)[k / 2 * 8 + threadIdx.x % 4 * 2 + k % 2];
   }
 
   __device__ void multiply_keys(const Words<C, S::kKeyWidth> (&words)[2], int chunk, float (&s)[2][4]) const {
@@ -293,29 +282,34 @@ struct Walk {
     }
   }
 
-  // s becomes exp(s - top), 0 where a row does not attend, times the value's scale in units of the row's.
-  __device__ void softmax(const Found& found, uint32_t start, float (&s)[2][4]) {
-    const int lane = threadIdx.x % 32;
-    float scales[4];
-    if constexpr (kScaled) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int key = k / 2 * 8 + lane % 4 * 2 + k % 2;
-        scales[k] = __shfl_sync(0xffffffffu, found.scale, key + kKeys);
-        const float key_scale = __shfl_sync(0xffffffffu, found.scale, key);
-        s[k / 2][k % 2] *= key_scale, s[k / 2][k % 2 + 2] *= key_scale;
-      }
+  // s becomes scores, -inf where a row does not attend. No branches by key: a warp would take them in turns.
+  __device__ void mask(uint32_t start, float (&s)[2][4]) const {
+    const DecodeAttention& a = d.a;
+    for_numbers<2 * 8>([&](int n, int e, int, int) { s[n][e] *= a.scale; });
+    if (a.softcap > 0) {
+      for_numbers<2 * 8>([&](int n, int e, int, int) { s[n][e] = a.softcap * tanhf(s[n][e] / a.softcap); });
     }
+    if (a.alibi_slopes) {
+      for_numbers<2 * 8>([&](int n, int e, int, int col) {
+        const Range& range = ranges[e / 2];
+        s[n][e] -= range.slope * static_cast<float>(range.own - static_cast<int>(start + col));
+      });
+    }
+    for_numbers<2 * 8>([&](int n, int e, int, int col) {
+      const Range& range = ranges[e / 2];
+      const bool attends = (start + col >= range.low) & (start + col < range.high);
+      s[n][e] = attends ? s[n][e] : -INFINITY;
+    });
+  }
+
+  // s becomes exp(s - top), times the value's scale in units of the row's.
+  __device__ void softmax(int slot, float (&s)[2][4]) {
     float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float p[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t t = start + k / 2 * 8 + lane % 4 * 2 + k % 2;
-        p[k] = t >= ranges[i].low && t < ranges[i].high ? score(s[k / 2][k % 2 + 2 * i], ranges[i], t)
-                                                        : -INFINITY;
-      }
+      for (int k = 0; k < 4; ++k) p[k] = s[k / 2][k % 2 + 2 * i];
       const float before = top[i];
       top[i] = fmaxf(before, quad_max(fmaxf(fmaxf(p[0], p[1]), fmaxf(p[2], p[3]))));
       const float shift = shift_of(top[i]);
@@ -323,18 +317,16 @@ struct Walk {
 #pragma unroll
       for (float& v : p) v = exponential(v - shift);
       total[i] = total[i] * factor[i] + ((p[0] + p[1]) + (p[2] + p[3]));
-      if constexpr (kScaled) factor[i] = weigh(p, scales, factor[i], unit[i]);
+      if constexpr (kScaled) {
+        float scale[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) scale[k] = scale_of(slot, k, true);
+        factor[i] = weigh(p, scale, factor[i], unit[i]);
+      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) s[k / 2][k % 2 + 2 * i] = p[k];
     }
     if (__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) shrink(factor);
-  }
-
-  __device__ float score(float s, const Range& range, uint32_t t) const {
-    const DecodeAttention& a = d.a;
-    s *= a.scale;
-    if (a.softcap > 0) s = a.softcap * tanhf(s / a.softcap);
-    return a.alibi_slopes ? s - range.slope * static_cast<float>(range.own - static_cast<int>(t)) : s;
   }
 
   // p becomes p * scale in a new unit, a power of two so that nothing is rounded: the largest is in [1, 2) of
@@ -370,33 +362,24 @@ struct Walk {
     }
   }
 
-  __device__ void load_values(const Found& found, int pass, Values& values) const {
-    constexpr int kChunks = S::kValueChunks / S::kPasses;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const C* row = row_of_lane(d.a.v, found, kKeys + k / 2 * 8 + lane % 4 * 2 + k % 2);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int col = ((pass * kChunks + c) * 8 + lane / 4) * S::kValueWidth;
-        read<kIsWide>(row, col, d.a.value_dim, values.words[c][k]);
-      }
-    }
-  }
-
   // sums[n] += weights values, column lane % 4 * 2 + c % 2 of the n-th mma being value
   // (n / kValueWidth * 8 + that) * kValueWidth + n % kValueWidth.
-  __device__ void add_values(const Values& values, int pass, const uint4 (&weights)[S::kQParts]) {
-    constexpr int kChunks = S::kValueChunks / S::kPasses;
+  __device__ void add_values(int slot, const uint4 (&weights)[S::kQParts]) {
+    const int lane = threadIdx.x % 32;
+    const char* values = ring.tile(slot, true);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < S::kValueChunks; ++c) {
+      Words<C, S::kValueWidth> words[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        ring.take(values, k / 2 * 8 + lane % 4 * 2 + k % 2, (c * 8 + lane / 4) * S::kValueWidth, words[k]);
+      }
 #pragma unroll
       for (int i = 0; i < S::kValueWidth; ++i) {
-        const auto& words = values.words[c];
         uint32_t b0[S::kCacheParts], b1[S::kCacheParts];
         pair<T>(words[0], i, words[1], i, b0);
         pair<T>(words[2], i, words[3], i, b1);
-        multiply_add<T>(sums[(pass * kChunks + c) * S::kValueWidth + i], weights, b0, b1);
+        multiply_add<T>(sums[c * S::kValueWidth + i], weights, b0, b1);
       }
     }
   }
@@ -490,9 +473,9 @@ struct Walk {
 };
 
 template <class Q, class C, int kDim, bool kIsWide>
-__global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim>::kResident)
+__global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim, kIsWide>::kResident)
     decode_attention_kernel(const Decode d) {
-  using S = Shape<Q, C, kDim>;
+  using S = Shape<Q, C, kDim, kIsWide>;
   extern __shared__ uint4 shared[];
   uint4* const queries = shared + sizeof(OfWarps) / sizeof(uint4);
   const Cut& cut = d.cut;
@@ -510,18 +493,25 @@ __global__ void __launch_bounds__(kThreads, Shape<Q, C, kDim>::kResident)
   const int lane = threadIdx.x % 32, self = threadIdx.x / 32;
   const int tile = self % cut.tiles, warp = self / cut.tiles, warps = kWarps / cut.tiles;
   const int64_t block = static_cast<int64_t>(row_block) * cut.tiles * kRows, first = block + tile * kRows;
-  load_queries<Q, C, kDim>(d, batch, kv_head, block, queries);
+  char* const rings = reinterpret_cast<char*>(queries + S::kQParts * cut.tiles * S::kFragments * 32);
+  char* const ring = rings + warp * S::Keys::bytes_of(cut.tiles);
+  Walk<Q, C, kDim, kIsWide> walk = {d,
+                                    batch,
+                                    kv_head,
+                                    end,
+                                    queries + tile * S::kFragments * 32,
+                                    {d.a, batch, kv_head, end, cut.tiles, tile, ring}};
+  if (begin < end) walk.ask(begin + warp * kKeys);  // before anything else is waited for
+  load_queries<Q, C, kDim, kIsWide>(d, batch, kv_head, block, queries);
   __syncthreads();
-  Walk<Q, C, kDim, kIsWide> walk = {d, batch, kv_head, end, queries + tile * S::kFragments * 32};
   for (int i = 0; i < 2; ++i) {
     const Row row = row_of(d, kv_head, first + i * 8 + lane / 4);
     walk.ranges[i] = range_of(d.a, batch, row, reach.end, end);
   }
-  walk.begin();
-  for (uint32_t start = begin + warp * kKeys; start < end; start += warps * kKeys) walk.step(start);
-  uint4* const sums = queries + (S::kQParts * cut.tiles * S::kFragments + tile * S::kSums) * 32;
+  walk.along(begin, warp * kKeys);
+  float4* const sums = reinterpret_cast<float4*>(rings) + tile * S::kSums * 32;
   OfWarps& of_warps = *reinterpret_cast<OfWarps*>(shared);
-  if (walk.gather(warp, warps, tile, of_warps, reinterpret_cast<float4*>(sums))) walk.store_rows(first, part);
+  if (walk.gather(warp, warps, tile, of_warps, sums)) walk.store_rows(first, part);
 }
 
 // A row a block, a column a thread: parts in their order.
@@ -576,7 +566,7 @@ void run(const Context& context, const Decode& d) {
   const int64_t blocks = a.batch * a.kv_heads * d.cut.parts * d.cut.row_blocks;
   with_shape<Q, C>(a, [&]<int kDim, bool kIsWide>() {
     launch("decode_attention", context, decode_attention_kernel<Q, C, kDim, kIsWide>, blocks, kThreads,
-           Shape<Q, C, kDim>::shared(d.cut), d);
+           Shape<Q, C, kDim, kIsWide>::shared(d.cut), d);
   });
   if (d.cut.parts == 1) return;
   launch("decode_attention", context, decode_merge_kernel<Q>, a.batch * a.heads * a.queries,

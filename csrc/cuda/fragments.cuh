@@ -32,32 +32,19 @@ struct Operand<int8_t> {
 template <class T, int kCount>
 struct Words {
   static constexpr int kBytes = kCount * sizeof(T);
+  using Access = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
   uint32_t word[kBytes / 4];
 };
 
-// Columns col ... of a row of `cols`, 0 past its end and where there is no row. kIsWide: in one access, as
-// the row and cols are multiples of it.
-template <bool kIsWide, class T, int kCount>
+// Columns col ... of a row of `cols`, 0 past its end.
+template <class T, int kCount>
 __device__ void read(const T* row, int col, int cols, Words<T, kCount>& to) {
+  T values[kCount] = {};
 #pragma unroll
-  for (uint32_t& word : to.word) word = 0;
-  if (!row) return;
-  if constexpr (kIsWide) {
-    using Access =
-        std::conditional_t<to.kBytes == 16, uint4, std::conditional_t<to.kBytes == 8, uint2, uint32_t>>;
-    if (col < cols) {
-      const Access bits = *reinterpret_cast<const Access*>(row + col);
-      memcpy(to.word, &bits, to.kBytes);
-    }
-  } else {
-    T values[kCount];
-    memcpy(values, to.word, to.kBytes);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (col + i < cols) values[i] = row[col + i];
-    }
-    memcpy(to.word, values, to.kBytes);
+  for (int i = 0; i < kCount; ++i) {
+    if (col + i < cols) values[i] = row[col + i];
   }
+  memcpy(to.word, values, to.kBytes);
 }
 
 // Two floats as kParts registers of two T: what the first leaves over is in the second, and so on.
