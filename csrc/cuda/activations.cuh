@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../contract/activation.h"
-#include "../kernels.h"
+#include "rows.cuh"
 
 namespace fastlm {
 
@@ -13,8 +13,8 @@ struct Gelu {
   // of Abramowitz and Stegun 26.2.17, with the P of csrc/cpu/activations.h, fitted to 1.1e-7 relative error.
   struct Normal {
     float distribution, exponential;
-    __device__ explicit Normal(float z) : exponential(expf(-0.5f * z * z)) {
-      const float t = 1.0f / (fabsf(z) * 0.305f + 1.0f);
+    __device__ explicit Normal(float z) : exponential(exp_of(-0.5f * z * z)) {
+      const float t = reciprocal(fabsf(z) * 0.305f + 1.0f);
       float p = t * 0.036773404f - 0.153303191f;
       p = p * t + 0.186270812f;
       p = p * t - 0.0384986577f;
@@ -33,13 +33,16 @@ struct Gelu {
   }
 };
 
+// sigmoid(z), of which an exp that overflows makes the right 0.
+__device__ inline float sigmoid(float z) { return reciprocal(1.0f + exp_of(-z)); }
+
 // sigmoid(z) and its derivative, by exp(-|z|), which neither overflows nor cancels.
 struct Sigmoid {
   float value, slope;
   __device__ explicit Sigmoid(float z) {
-    const float e = expf(-fabsf(z)), s = 1.0f / (1.0f + e);
-    value = z < 0 ? e * s : s;
-    slope = e * s * s;
+    const float e = exp_of(-fabsf(z)), high = reciprocal(1.0f + e), low = e * high;
+    value = z < 0 ? low : high;
+    slope = low * high;
   }
 };
 
@@ -47,7 +50,7 @@ struct Sigmoid {
 struct GeluTanh {
   static constexpr float kLinear = 1.59576912f;   // 2 sqrt(2 / pi)
   static constexpr float kCubic = 0.0713548163f;  // that times 0.044715
-  __device__ static float value(float z) { return z * Sigmoid(z * (z * z * kCubic + kLinear)).value; }
+  __device__ static float value(float z) { return z * sigmoid(z * (z * z * kCubic + kLinear)); }
   __device__ static float gradient(float z, float g) {
     const float square = z * z;
     const Sigmoid s(z * (square * kCubic + kLinear));
@@ -61,7 +64,7 @@ struct Relu {
 };
 
 struct Silu {
-  __device__ static float value(float z) { return z * Sigmoid(z).value; }
+  __device__ static float value(float z) { return z * sigmoid(z); }
   __device__ static float gradient(float z, float g) {
     const Sigmoid s(z);
     return g * (z * s.slope + s.value);

@@ -3,10 +3,10 @@
 // Forward: a warp takes a row of up to 512 columns, a block a longer one, above 8192 columns going along it,
 // and reads it once: each thread keeps the maximum and the sum of exps of what it has seen (Milakov,
 // Gimelshein, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867), which are
-// joined at the row's end. One block then adds up the rows. Backward: a warp takes a piece of 256 columns,
-// one pass. In place, for linear_cross_entropy, a block turns a row into its gradient as soon as it has its
-// loss: from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by bytes:
-// logits in; logits in, dlogits out.
+// joined at the row's end. One block then adds up the rows. Backward: a warp takes a piece of 1024
+// columns, one pass. In place, for linear_cross_entropy, a block turns a row into its gradient as soon as it
+// has its loss: from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by
+// bytes: logits in; logits in, dlogits out.
 #include "../contract/cross_entropy.h"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -37,14 +37,25 @@ struct RowGradient {
 
   __device__ RowGradient(const CrossEntropyInput& in, int64_t target, float maximum, float exp_sum, float d)
       : target(target), maximum(maximum) {
-    const float lse = maximum + logf(exp_sum), cols = static_cast<float>(in.cols);
-    const float factor = in.z_loss > 0 ? 1.0f + 2.0f * in.z_loss * lse : 1.0f;
+    const float cols = static_cast<float>(in.cols);
+    const float factor = in.z_loss > 0 ? 1.0f + 2.0f * in.z_loss * (maximum + logf(exp_sum)) : 1.0f;
     scale = d * factor / exp_sum;
     even = d * (in.label_smoothing / cols);
     taken = d * (1.0f - in.label_smoothing + in.label_smoothing / cols);
   }
-  __device__ float of(float x, int64_t col) const {
-    return expf(x - maximum) * scale - (col == target ? taken : even);
+  // x: in columns `col` and on; becomes their gradient.
+  template <int kWidth>
+  __device__ void replace(int64_t col, float (&x)[kWidth]) const {
+#pragma unroll
+    for (float& v : x) v = exp_of(v - maximum);
+    const uint64_t at = target - col;
+    if (at < kWidth) {  // of one access of a row: comparing each column would double what a column costs
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) x[k] = x[k] * scale - (k == at ? taken : even);
+    } else {
+#pragma unroll
+      for (float& v : x) v = v * scale - even;
+    }
   }
 };
 
@@ -52,22 +63,23 @@ __device__ float shift_of(float highest) {
   return highest == -INFINITY ? 0.0f : highest;
 }  // -inf - -inf is NaN
 
-// What a thread has seen of a row: its maximum; sums of exp(x - maximum) and of x - shift.
+// What a thread has seen of a row: its maximum; sums of exp(x - maximum) and, for smoothing, of x - shift.
 struct RowSums {
   float maximum = -INFINITY, exps = 0, shifted = 0;
 };
 
 template <int kWidth>
-__device__ void add_items(const Place& at, int64_t start, int64_t cols, float shift, const float (&x)[kItems],
-                          RowSums& row) {
+__device__ void add_items(const Place& at, int64_t start, int64_t cols, bool smoothing, float shift,
+                          const float (&x)[kItems], RowSums& row) {
   float higher = row.maximum, sum = 0, shifted = 0;
 #pragma unroll
   for (float v : x) higher = fmaxf(higher, v);
   const float around = shift_of(higher);
 #pragma unroll
-  for (float v : x) sum += expf(v - around);
-  row.exps = row.exps * expf(row.maximum - around) + sum;
+  for (float v : x) sum += exp_of(v - around);
+  row.exps = row.exps * exp_of(row.maximum - around) + sum;
   row.maximum = higher;
+  if (!smoothing) return;
   for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) shifted += x[i + k] - shift;
@@ -96,9 +108,12 @@ __device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g
   for (int64_t start = 0; start < in.cols; start += at.threads * kItems) {
     if (kTeam == Team::kLoop && used) load_items<kWidth>(logits, at, start, in.cols, x);
     for_items<kWidth, kItems>(at, start, in.cols, [&](int i, int64_t col) {
-      float out[kWidth];
+      float out[kWidth] = {};
+      if (used) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) out[k] = used ? g.of(x[i + k], col + k) : 0;
+        for (int k = 0; k < kWidth; ++k) out[k] = x[i + k];
+        g.replace(col, out);
+      }
       store<kWidth>(out, to + col);
     });
     if (kTeam != Team::kLoop) break;
@@ -120,12 +135,12 @@ __global__ void __launch_bounds__(kMostThreads)
   RowSums row;
   for (int64_t start = 0; used && start < in.cols; start += at.threads * kItems) {
     load_items<kWidth>(logits, at, start, in.cols, x, -INFINITY);
-    add_items<kWidth>(at, start, in.cols, shift, x, row);
+    add_items<kWidth>(at, start, in.cols, in.label_smoothing > 0, shift, x, row);
     if (kTeam != Team::kLoop) break;
   }
   if constexpr (kTeam == Team::kWarp) __syncwarp();  // x_t is read before its gradient takes its place
   const float maximum = used ? team_max<kTeam>(row.maximum) : 0;
-  float sums[2] = {row.exps * expf(row.maximum - shift_of(maximum)), row.shifted};
+  float sums[2] = {row.exps * exp_of(row.maximum - shift_of(maximum)), row.shifted};
   if (used) team_all<kTeam>(sums, Add{});
   const float exp_sum = used ? sums[0] : 1;
   if (at.thread == 0) {
@@ -161,25 +176,32 @@ __global__ void __launch_bounds__(kTotalThreads)
   if (loss) *loss = rounded_to<T>(sums[0] / static_cast<float>(over));
 }
 
+constexpr int kGradientItems =
+    32;  // a thread of backward: what it does for its row costs as much as 12 of them
+constexpr int64_t kGradientPiece = 32 * kGradientItems;
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kWarpThreads)
     cross_entropy_backward_kernel(const CrossEntropyBackward a, int64_t pieces) {
   const CrossEntropyInput& in = a.in;
-  const PiecePlace at = piece_place(pieces);
+  const PiecePlace at = piece_place(pieces, kGradientPiece);
   if (at.row >= in.rows) return;
   const int64_t target = in.target[at.row];
   const bool used = is_used(in, target);
+  const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
+  Packed<kWidth, T> x[kGradientItems / kWidth];
+  load_items<kWidth, kGradientItems>(logits, at, at.start, used ? in.cols : 0, x);
   float d = as_float(static_cast<const T*>(a.dloss)[in.reduction == Reduction::kNone ? at.row : 0]);
   if (in.reduction == Reduction::kMean) d /= static_cast<float>(*a.count > 0 ? *a.count : 1);
   const RowGradient g(in, target, a.maximum[at.row], a.exp_sum[at.row], d);
-  const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
   T* dlogits = row_at<T>(a.dlogits, in.cols, at.row);
-  for_items<kWidth, kPieceItems>(at, at.start, in.cols, [&](int, int64_t col) {
-    float x[kWidth] = {};
-    if (used) load<kWidth>(logits + col, x);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) x[k] = used ? g.of(x[k], col + k) : 0;
-    store<kWidth>(x, dlogits + col);
+  for_items<kWidth, kGradientItems>(at, at.start, in.cols, [&](int i, int64_t col) {
+    float values[kWidth] = {};
+    if (used) {
+      unpack(x[i / kWidth], values);
+      g.replace(col, values);
+    }
+    store<kWidth>(values, dlogits + col);
   });
 }
 
@@ -211,7 +233,8 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
     const bool wide = wide_rows<T>(a.in.cols, {{a.in.logits, a.in.logits_stride}, {a.dlogits}});
     with_width<T>(wide, [&]<int kWidth>() {
       launch("cross_entropy_backward", context, cross_entropy_backward_kernel<T, kWidth>,
-             piece_blocks(a.in.rows, a.in.cols), kWarpThreads, 0, a, pieces_of(a.in.cols));
+             piece_blocks(a.in.rows, a.in.cols, kGradientPiece), kWarpThreads, 0, a,
+             pieces_of(a.in.cols, kGradientPiece));
     });
   });
 }

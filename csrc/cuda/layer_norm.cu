@@ -1,15 +1,16 @@
 // layer_norm: h = dropout(x) + residual; y = (h - mean(h)) * rstd(h) * weight + bias.
 //
 // Forward: a warp takes a row of up to 512 columns, a block one of up to 8192: its threads hold h in
-// registers from its one read to its one write; mean, then the squares around it, are sums over registers.
-// Longer rows are read twice; mean and squares of their pieces are joined as Chan, Golub, LeVeque do
-// (STAN-CS-79-773). Backward, with g = dy * weight and n = (h - mean) * rstd: dresidual = rstd * (g - mean(g)
+// registers from its one read to its one write. A warp takes its own mean, then the squares around it; those
+// of warps are joined as Chan, Golub, LeVeque do (STAN-CS-79-773), with one barrier a row. Longer rows are
+// read twice, their pieces joined alike. Backward, with g = dy * weight and n = (h - mean) * rstd: dresidual
+// = rstd * (g - mean(g)
 // - n * mean(g * n)) + dh, dx = dropout's factor * dresidual; dweight = sum(dy * n), dbias = sum(dy) over
-// rows. A block goes down row_blocks' share of the rows and keeps these sums in registers; add_partials adds
-// the blocks up in order. Above 4096 columns a row is read twice, and dweight and dbias have a kernel of
-// their own, which reads a third time: a block's sums of such rows fit no register file. Bound by bytes: x
-// (residual) in, y (h) out; dy (dh) and h in, dx (dresidual) out; 8 bytes a column and block. Source: Ba,
-// Kiros, Hinton, https://arxiv.org/abs/1607.06450.
+// rows. A block goes down row_blocks' share of the rows and keeps these sums in registers, the next row under
+// way; add_partials adds the blocks up in order. Above 8192 columns (float32: 4096) a row is read twice, and
+// dweight and dbias have a kernel of their own, which reads a third time: a block's sums of such rows fit no
+// register file. Bound by bytes: x (residual) in, y (h) out; dy (dh) and h in, dx (dresidual) out; 8 bytes a
+// column and block. Source: Ba, Kiros, Hinton, https://arxiv.org/abs/1607.06450.
 #include "../contract/layer_norm.h"
 #include "launch.cuh"
 #include "norms.cuh"
@@ -18,43 +19,65 @@
 namespace fastlm {
 namespace {
 
-constexpr int kItems = 16;         // forward, elements a thread: two loads of 16 bytes of half precision
-constexpr int kSumItems = 8;       // backward: as many of g, n, dweight and dbias
-constexpr int kMostThreads = 512;  // with 128 registers each
+constexpr int kItems = 16;  // forward, elements a thread: two loads of 16 bytes of half precision
+template <class T, int kWidth>
+constexpr int kSumItems = kWidth == 1 ? 8 : 32 / sizeof(T);  // backward: as many of g, n, dweight and dbias
+constexpr int kMostThreads = 512;                            // with 128 registers each
 
 // mean and sum of squares around it, of a row or the part of it seen so far.
 struct Moments {
   float mean = 0, squares = 0;
 };
 
-// Those of `count` columns that start at `start`; h becomes h - mean there, and stays 0 past the row's end.
-template <int kWidth, Team kTeam>
-__device__ Moments moments(const Place& at, int64_t start, int64_t cols, float count, float (&h)[kItems]) {
-  float sum = 0, squares = 0;
+// A warp's part of those: its sum, its mean, its squares around that, and how many elements these are of.
+struct WarpMoments {
+  float sum, mean, squares, count;
+};
+
+template <int kWidth>
+__device__ WarpMoments warp_moments(const Place& at, int64_t start, int64_t cols, const float (&h)[kItems]) {
+  float sum = 0, squares = 0, count = 0;
+  for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t) {
+    count += kWidth;
 #pragma unroll
-  for (float v : h) sum += v;
-  const float mean = team_sum<kTeam>(sum) / count;
+    for (int k = 0; k < kWidth; ++k) sum += h[i + k];
+  });
+  sum = warp_all(sum, Add{}), count = warp_all(count, Add{});
+  const float mean = sum * reciprocal(fmaxf(count, 1));
   for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      h[i + k] -= mean;
-      squares += h[i + k] * h[i + k];
-    }
+    for (int k = 0; k < kWidth; ++k) squares += (h[i + k] - mean) * (h[i + k] - mean);
   });
-  return {mean, team_sum<kTeam>(squares)};
+  return {sum, mean, warp_all(squares, Add{}), count};
 }
 
-// Writes centred * rstd * weight + bias from column `start` on.
+// The moments of `count` columns that start at `start`: one barrier joins those of the warps.
+template <int kWidth, Team kTeam>
+__device__ Moments moments(const Place& at, int64_t start, int64_t cols, float count,
+                           const float (&h)[kItems]) {
+  WarpMoments part = warp_moments<kWidth>(at, start, cols, h);
+  if constexpr (kTeam == Team::kWarp) return {part.mean, part.squares};
+  __shared__ float4 of_warps[32];
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (kTeam == Team::kLoop) __syncthreads();  // the piece before may still be read
+  if (lane == 0) of_warps[threadIdx.x / 32] = {part.sum, part.mean, part.squares, part.count};
+  __syncthreads();
+  const float4 other = lane < warps ? of_warps[lane] : make_float4(0, 0, 0, 0);
+  const float mean = warp_all(other.x, Add{}) / count, delta = other.y - mean;
+  return {mean, warp_all(other.z + other.w * delta * delta, Add{})};
+}
+
+// Writes (h - mean) * rstd * weight + bias from column `start` on.
 template <class T, int kWidth>
-__device__ void store_normed(const LayerNormForward& a, const Place& at, int64_t start, float rstd,
-                             const float (&centred)[kItems]) {
+__device__ void store_normed(const LayerNormForward& a, const Place& at, int64_t start, float mean,
+                             float rstd, const float (&h)[kItems]) {
   T* y = row_at<T>(a.y, a.cols, at.row);
   for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth], b[kWidth];
     load<kWidth>(a.weight + col, w);
     load<kWidth>(a.bias + col, b);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) w[k] = centred[i + k] * rstd * w[k] + b[k];
+    for (int k = 0; k < kWidth; ++k) w[k] = (h[i + k] - mean) * rstd * w[k] + b[k];
     store<kWidth>(w, y + col);
   });
 }
@@ -64,45 +87,45 @@ __global__ void __launch_bounds__(kMostThreads)
     layer_norm_forward_kernel(const LayerNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
+  assume_at_once<kTeam>(a.cols);
   const int64_t step = at.threads * kItems;
   const float cols = static_cast<float>(a.cols);
   float h[kItems];
   Moments of_row;
   for (int64_t start = 0; start < a.cols; start += step) {
     normed_items<T, kWidth>(a, dropout, at, start, h);
+    if constexpr (kTeam != Team::kLoop) {
+      of_row = moments<kWidth, kTeam>(at, 0, a.cols, cols, h);
+      break;
+    }
     const float count = static_cast<float>(min(step, a.cols - start));
     const Moments piece = moments<kWidth, kTeam>(at, start, a.cols, count, h);
     const float delta = piece.mean - of_row.mean, before = static_cast<float>(start);
     const float share = count / (before + count);  // 1 of the first piece
     of_row.mean = start == 0 ? piece.mean : of_row.mean + delta * share;
     of_row.squares += piece.squares + (start == 0 ? 0 : delta * delta * before * share);
-    if (kTeam != Team::kLoop) break;
   }
   const float rstd = 1 / sqrtf(of_row.squares / cols + a.eps);
   if (at.thread == 0) a.mean[at.row] = of_row.mean, a.rstd[at.row] = rstd;
-  if constexpr (kTeam != Team::kLoop) return store_normed<T, kWidth>(a, at, 0, rstd, h);
+  if constexpr (kTeam != Team::kLoop) return store_normed<T, kWidth>(a, at, 0, of_row.mean, rstd, h);
   const T* kept = a.h ? row_at<T>(static_cast<const void*>(a.h), a.cols, at.row)
                       : row_at<T>(a.x, a.x_stride, at.row);  // each thread reads again what it wrote itself
   for (int64_t start = 0; start < a.cols; start += step) {
-    for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
-      float values[kWidth];
-      load<kWidth>(kept + col, values);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) h[i + k] = values[k] - of_row.mean;
-    });
-    store_normed<T, kWidth>(a, at, start, rstd, h);
+    load_items<kWidth>(kept, at, start, a.cols, h);
+    store_normed<T, kWidth>(a, at, start, of_row.mean, rstd, h);
   }
 }
 
 // dy and n from column `start` on, 0 past the row's end.
 template <class T, int kWidth>
 __device__ void load_gradients(const LayerNormBackward& a, const Place& at, int64_t start, float mean,
-                               float rstd, float (&d)[kSumItems], float (&n)[kSumItems]) {
+                               float rstd, float (&d)[kSumItems<T, kWidth>],
+                               float (&n)[kSumItems<T, kWidth>]) {
   const T* dy = row_at<T>(a.dy, a.dy_stride, at.row);
   const T* h = row_at<T>(a.h, a.h_stride, at.row);
 #pragma unroll
-  for (int i = 0; i < kSumItems; ++i) d[i] = n[i] = 0;
-  for_items<kWidth, kSumItems>(at, start, a.cols, [&](int i, int64_t col) {
+  for (int i = 0; i < kSumItems<T, kWidth>; ++i) d[i] = n[i] = 0;
+  for_items<kWidth, kSumItems<T, kWidth>>(at, start, a.cols, [&](int i, int64_t col) {
     float values[kWidth];
     load<kWidth>(dy + col, values);
 #pragma unroll
@@ -114,10 +137,10 @@ __device__ void load_gradients(const LayerNormBackward& a, const Place& at, int6
 }
 
 // d becomes g = dy * weight; adds up g and g * n.
-template <int kWidth>
-__device__ void weigh(const LayerNormBackward& a, const Place& at, int64_t start, const float (&n)[kSumItems],
-                      float (&d)[kSumItems], float (&sums)[2]) {
-  for_items<kWidth, kSumItems>(at, start, a.cols, [&](int i, int64_t col) {
+template <int kWidth, int kCount>
+__device__ void weigh(const LayerNormBackward& a, const Place& at, int64_t start, const float (&n)[kCount],
+                      float (&d)[kCount], float (&sums)[2]) {
+  for_items<kWidth, kCount>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth];
     load<kWidth>(a.weight + col, w);
 #pragma unroll
@@ -130,10 +153,11 @@ __device__ void weigh(const LayerNormBackward& a, const Place& at, int64_t start
 }
 
 // g becomes rstd * (g - mean(g) - n * mean(g * n)).
-__device__ void project(float rstd, float g_mean, float gn_mean, const float (&n)[kSumItems],
-                        float (&g)[kSumItems]) {
+template <int kCount>
+__device__ void project(float rstd, float g_mean, float gn_mean, const float (&n)[kCount],
+                        float (&g)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kSumItems; ++i) g[i] = (g[i] - g_mean - n[i] * gn_mean) * rstd;
+  for (int i = 0; i < kCount; ++i) g[i] = (g[i] - g_mean - n[i] * gn_mean) * rstd;
 }
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
@@ -141,23 +165,29 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     layer_norm_backward_kernel(const LayerNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
+  assume_at_once<kTeam>(a.cols);
   const RowRange range = rows_of_block(a.rows, blockIdx.x, gridDim.x);
-  constexpr bool kWarps = kTeam == Team::kWarp;
-  float d[kSumItems], n[kSumItems], dweight[kSumItems] = {}, dbias[kSumItems] = {};
-  for (at.row = range.first + (kWarps ? threadIdx.x / 32 : 0); at.row < range.last;
-       at.row += kWarps ? kWarpThreads / 32 : 1) {
-    const float rstd = a.rstd[at.row];
-    load_gradients<T, kWidth>(a, at, 0, a.mean[at.row], rstd, d, n);
+  const float cols = static_cast<float>(a.cols);
+  float d[kSumItems<T, kWidth>], n[kSumItems<T, kWidth>],
+      dweight[kSumItems<T, kWidth>] = {}, dbias[kSumItems<T, kWidth>] = {};
+  RowAhead<T, kWidth, kSumItems<T, kWidth>> ahead;
+  at.row = first_row<kTeam>(range);
+  if (ahead.kAhead && at.row < range.last) ahead.fetch(a, a.mean, at);
+  for (bool odd = false; at.row < range.last; at.row += kRowStep<kTeam>, odd = !odd) {
+    if (!ahead.kAhead) ahead.fetch(a, a.mean, at);
+    const float rstd = ahead.template take<true>(at, a.cols, d, n);
+    const Place next{at.row + kRowStep<kTeam>, at.thread, at.threads};
+    if (ahead.kAhead && next.row < range.last) ahead.fetch(a, a.mean, next);
 #pragma unroll
-    for (int i = 0; i < kSumItems; ++i) {
+    for (int i = 0; i < kSumItems<T, kWidth>; ++i) {
       dweight[i] += d[i] * n[i];
       dbias[i] += d[i];
     }
     if (!a.dx && !a.dresidual) continue;
     float sums[2] = {};
     weigh<kWidth>(a, at, 0, n, d, sums);
-    team_all<kTeam>(sums, Add{});
-    project(rstd, sums[0] / a.cols, sums[1] / a.cols, n, d);
+    sums_of_row<kTeam>(sums, odd);
+    project(rstd, sums[0] / cols, sums[1] / cols, n, d);
     store_gradients<T, kWidth>(a, dropout, at, 0, d);
   }
   if (!a.partial) return;
@@ -171,9 +201,9 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kLoopThreads)
     layer_norm_backward_long_kernel(const LayerNormBackward a, const DropoutScale dropout) {
   const Place at = place<Team::kLoop>();
-  const int64_t step = at.threads * kSumItems;
+  const int64_t step = at.threads * kSumItems<T, kWidth>;
   const float mean = a.mean[at.row], rstd = a.rstd[at.row];
-  float d[kSumItems] = {}, n[kSumItems], sums[2] = {}, unused[2] = {};
+  float d[kSumItems<T, kWidth>] = {}, n[kSumItems<T, kWidth>], sums[2] = {}, unused[2] = {};
   for (int64_t start = 0; a.dy && start < a.cols; start += step) {
     load_gradients<T, kWidth>(a, at, start, mean, rstd, d, n);
     weigh<kWidth>(a, at, start, n, d, sums);
@@ -254,7 +284,7 @@ void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
                                             {a.partial}}) &&
                       aligned(a.weight);
     with_width<T>(wide, [&]<int kWidth>() {
-      with_team<kSumItems, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
+      with_team<kSumItems<T, kWidth>, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
         if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, kWidth>(context, a, blocks);
         if constexpr (kTeam != Team::kLoop) {
           launch("layer_norm_backward", context, layer_norm_backward_kernel<T, kWidth, kTeam>, blocks,
@@ -263,9 +293,7 @@ void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
       });
     });
   });
-  add_partials("layer_norm_backward", context, a.partial, 2 * a.cols, blocks, a.cols, a.dweight);
-  add_partials("layer_norm_backward", context, a.partial ? a.partial + a.cols : nullptr, 2 * a.cols, blocks,
-               a.cols, a.dbias);
+  add_partials("layer_norm_backward", context, a.partial, blocks, a.cols, 2, {{a.dweight, a.dbias}});
 }
 
 }  // namespace fastlm

@@ -4,10 +4,10 @@
 // registers from its one read to its one write. Longer rows are read twice. Backward, with g = dy * (weight +
 // weight_offset) and n = h * rstd: dresidual = rstd * (g - n * mean(g * n)) + dh, dx = dropout's factor *
 // dresidual; dweight = sum(dy * n) over rows. A block goes down row_blocks' share of the rows and keeps this
-// sum in registers; add_partials adds the blocks up in order. Above 8192 columns a row is read twice, and
-// dweight has a kernel of its own, which reads a third time. Bound by bytes: x (residual) in, y (h) out; dy
-// (dh) and h in, dx (dresidual) out; 8 bytes a column and block to dweight. Source: Zhang, Sennrich,
-// https://arxiv.org/abs/1910.07467.
+// sum in registers, the next row under way; add_partials adds the blocks up in order. Above 8192 columns a
+// row is read twice, and dweight has a kernel of its own, which reads a third time. Bound by bytes: x
+// (residual) in, y (h) out; dy (dh) and h in, dx (dresidual) out; 8 bytes a column and block to dweight.
+// Source: Zhang, Sennrich, https://arxiv.org/abs/1910.07467.
 #include "../contract/rms_norm.h"
 #include "launch.cuh"
 #include "norms.cuh"
@@ -16,8 +16,10 @@
 namespace fastlm {
 namespace {
 
-constexpr int kItems = 16;         // a thread: two loads of 16 bytes of half precision; backward has 3 such
-constexpr int kMostThreads = 512;  // with 128 registers each
+constexpr int kItems = 16;  // a thread: two loads of 16 bytes of half precision
+template <int kWidth>
+constexpr int kSumItems = kWidth == 1 ? 8 : 16;  // backward: as many of g, n and dweight
+constexpr int kMostThreads = 512;                // with 128 registers each
 
 // Writes h * rstd * (weight + weight_offset) from column `start` on.
 template <class T, int kWidth>
@@ -38,6 +40,7 @@ __global__ void __launch_bounds__(kMostThreads)
     rms_norm_forward_kernel(const RmsNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
+  assume_at_once<kTeam>(a.cols);
   const int64_t step = at.threads * kItems;
   float h[kItems], squares = 0;
   for (int64_t start = 0; start < a.cols; start += step) {
@@ -62,7 +65,7 @@ __global__ void __launch_bounds__(kMostThreads)
 // dy and n from column `start` on, 0 past the row's end.
 template <class T, int kWidth>
 __device__ void load_gradients(const RmsNormBackward& a, const Place& at, int64_t start, float rstd,
-                               float (&d)[kItems], float (&n)[kItems]) {
+                               float (&d)[kSumItems<kWidth>], float (&n)[kSumItems<kWidth>]) {
   load_items<kWidth>(row_at<T>(a.dy, a.dy_stride, at.row), at, start, a.cols, d);
   load_items<kWidth>(row_at<T>(a.h, a.h_stride, at.row), at, start, a.cols, n);
 #pragma unroll
@@ -70,11 +73,11 @@ __device__ void load_gradients(const RmsNormBackward& a, const Place& at, int64_
 }
 
 // d becomes g = dy * (weight + weight_offset); returns the sum of g * n.
-template <int kWidth>
-__device__ float weigh(const RmsNormBackward& a, const Place& at, int64_t start, const float (&n)[kItems],
-                       float (&d)[kItems]) {
+template <int kWidth, int kCount>
+__device__ float weigh(const RmsNormBackward& a, const Place& at, int64_t start, const float (&n)[kCount],
+                       float (&d)[kCount]) {
   float sum = 0;
-  for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
+  for_items<kWidth, kCount>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth];
     load<kWidth>(a.weight + col, w);
 #pragma unroll
@@ -87,9 +90,10 @@ __device__ float weigh(const RmsNormBackward& a, const Place& at, int64_t start,
 }
 
 // g becomes rstd * (g - n * mean(g * n)).
-__device__ void project(float rstd, float mean, const float (&n)[kItems], float (&g)[kItems]) {
+template <int kCount>
+__device__ void project(float rstd, float mean, const float (&n)[kCount], float (&g)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) g[i] = (g[i] - n[i] * mean) * rstd;
+  for (int i = 0; i < kCount; ++i) g[i] = (g[i] - n[i] * mean) * rstd;
 }
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
@@ -97,18 +101,23 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     rms_norm_backward_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
+  assume_at_once<kTeam>(a.cols);
   const RowRange range = rows_of_block(a.rows, blockIdx.x, gridDim.x);
-  constexpr bool kWarps = kTeam == Team::kWarp;
-  float d[kItems], n[kItems], dweight[kItems] = {};
-  for (at.row = range.first + (kWarps ? threadIdx.x / 32 : 0); at.row < range.last;
-       at.row += kWarps ? kWarpThreads / 32 : 1) {
-    const float rstd = a.rstd[at.row];
-    load_gradients<T, kWidth>(a, at, 0, rstd, d, n);
+  const float cols = static_cast<float>(a.cols);
+  float d[kSumItems<kWidth>], n[kSumItems<kWidth>], dweight[kSumItems<kWidth>] = {};
+  RowAhead<T, kWidth, kSumItems<kWidth>> ahead;
+  at.row = first_row<kTeam>(range);
+  if (ahead.kAhead && at.row < range.last) ahead.fetch(a, nullptr, at);
+  for (bool odd = false; at.row < range.last; at.row += kRowStep<kTeam>, odd = !odd) {
+    if (!ahead.kAhead) ahead.fetch(a, nullptr, at);
+    const float rstd = ahead.template take<false>(at, a.cols, d, n);
+    const Place next{at.row + kRowStep<kTeam>, at.thread, at.threads};
+    if (ahead.kAhead && next.row < range.last) ahead.fetch(a, nullptr, next);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) dweight[i] += d[i] * n[i];
+    for (int i = 0; i < kSumItems<kWidth>; ++i) dweight[i] += d[i] * n[i];
     if (!a.dx && !a.dresidual) continue;
-    const float sum = team_sum<kTeam>(weigh<kWidth>(a, at, 0, n, d));
-    project(rstd, sum / a.cols, n, d);
+    const float sum = sum_of_row<kTeam>(weigh<kWidth>(a, at, 0, n, d), odd);
+    project(rstd, sum / cols, n, d);
     store_gradients<T, kWidth>(a, dropout, at, 0, d);
   }
   if (!a.partial) return;
@@ -120,9 +129,9 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kLoopThreads)
     rms_norm_backward_long_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   const Place at = place<Team::kLoop>();
-  const int64_t step = at.threads * kItems;
+  const int64_t step = at.threads * kSumItems<kWidth>;
   const float rstd = a.rstd[at.row];
-  float d[kItems] = {}, n[kItems], sum = 0;
+  float d[kSumItems<kWidth>] = {}, n[kSumItems<kWidth>], sum = 0;
   for (int64_t start = 0; a.dy && start < a.cols; start += step) {
     load_gradients<T, kWidth>(a, at, start, rstd, d, n);
     sum += weigh<kWidth>(a, at, start, n, d);
@@ -198,7 +207,7 @@ void rms_norm_backward(const Context& context, const RmsNormBackward& a) {
                                             {a.partial}}) &&
                       aligned(a.weight);
     with_width<T>(wide, [&]<int kWidth>() {
-      with_team<kItems, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
+      with_team<kSumItems<kWidth>, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
         if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, kWidth>(context, a, blocks);
         if constexpr (kTeam != Team::kLoop) {
           launch("rms_norm_backward", context, rms_norm_backward_kernel<T, kWidth, kTeam>, blocks, threads, 0,
@@ -207,7 +216,7 @@ void rms_norm_backward(const Context& context, const RmsNormBackward& a) {
       });
     });
   });
-  add_partials("rms_norm_backward", context, a.partial, a.cols, blocks, a.cols, a.dweight);
+  add_partials("rms_norm_backward", context, a.partial, blocks, a.cols, 1, {{a.dweight}});
 }
 
 }  // namespace fastlm

@@ -93,35 +93,52 @@ __device__ Place place() {
   return {blockIdx.x, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 }
 
-// Elementwise kernels: a warp takes a piece of a row, kPieceItems elements a thread. A row of one dimension,
+// Elementwise kernels: a warp takes a piece of a row, kItems elements a thread. A row of one dimension,
 // however long, is spread over the whole GPU.
-constexpr int kPieceItems = 8;  // 16 bytes of half precision: with 64 warps 32 KB of each operand under way
+constexpr int kPieceItems =
+    16;  // two loads of half precision: what a thread does once costs as much as 4 elements
 constexpr int64_t kPiece = 32 * kPieceItems;
 
-inline int64_t pieces_of(int64_t cols) { return (cols + kPiece - 1) / kPiece; }
-inline int64_t piece_blocks(int64_t rows, int64_t cols) {
-  return (rows * pieces_of(cols) + kWarpThreads / 32 - 1) / (kWarpThreads / 32);
+inline int64_t pieces_of(int64_t cols, int64_t piece = kPiece) { return (cols + piece - 1) / piece; }
+inline int64_t piece_blocks(int64_t rows, int64_t cols, int64_t piece = kPiece) {
+  return (rows * pieces_of(cols, piece) + kWarpThreads / 32 - 1) / (kWarpThreads / 32);
 }
 
 struct PiecePlace : Place {
   int64_t start;  // its first column
 };
 
-// Of the warp that calls, with `pieces` to a row; its row may be past the last.
-__device__ inline PiecePlace piece_place(int64_t pieces) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kWarpThreads / 32) + threadIdx.x / 32;
-  return {{warp / pieces, static_cast<int>(threadIdx.x % 32), 32}, warp % pieces * kPiece};
+// Of the warp that calls, with `pieces` of `piece` columns to a row; its row may be past the last. Dividing a
+// warp's number, of 64 bits, costs twice what dividing the block's does.
+__device__ inline PiecePlace piece_place(int64_t pieces, int64_t piece = kPiece) {
+  constexpr unsigned kWarps = kWarpThreads / 32;
+  const unsigned in_row = static_cast<unsigned>(pieces), rows = blockIdx.x / in_row;
+  unsigned at = (blockIdx.x - rows * in_row) * kWarps + threadIdx.x / 32;  // from the first of kWarps rows on
+  int64_t row = static_cast<int64_t>(rows) * (blockDim.x / 32);
+#pragma unroll
+  for (unsigned k = 1; k < kWarps; ++k) {
+    if (at >= in_row) at -= in_row, ++row;
+  }
+  return {{row, static_cast<int>(threadIdx.x % 32), 32}, at * piece};
 }
 
 // Calls f(i, col) for this thread's groups of kWidth columns in [start, end): its items i ... i + kWidth - 1.
 // Neighbouring threads take neighbouring groups.
 template <int kWidth, int kItems, class F>
 __device__ void for_items(const Place& at, int64_t start, int64_t end, F&& f) {
+  constexpr int64_t kFar = 1 << 30;  // further than any item; 32 bits compare in one instruction
+  const int first = at.thread * kWidth, left = static_cast<int>(max(min(end - start, kFar), int64_t{0}));
 #pragma unroll
   for (int i = 0; i < kItems; i += kWidth) {
-    const int64_t col = start + static_cast<int64_t>(i) * at.threads + at.thread * kWidth;
-    if (col < end) f(i, col);
+    const int item = first + i * at.threads;
+    if (item < left) f(i, start + item);
   }
+}
+
+// Tells the compiler that a warp or a block has a row of `cols` columns at once: no 64 bits to compare.
+template <Team kTeam>
+__device__ void assume_at_once(int64_t cols) {
+  if constexpr (kTeam != Team::kLoop) __builtin_assume(cols >= 0 && cols <= 1 << 20);
 }
 
 __device__ inline float as_float(float v) { return v; }
@@ -139,49 +156,131 @@ __device__ T rounded_to(float v) {
   }
 }
 
+// kWidth elements as they lie in memory, in half the registers of float32 where they are half precision.
+template <int kWidth, class T>
+struct Packed {
+  uint32_t words[kWidth * sizeof(T) / 4];
+};
+template <class T>
+struct Packed<1, T> {
+  T value;
+};
+
+template <int kWidth, class T>
+__device__ void load(const T* from, Packed<kWidth, T>& to) {
+  if constexpr (kWidth == 1) {
+    to.value = *from;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth / kWide<T>; ++i) {
+      const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+      to.words[4 * i] = bits.x, to.words[4 * i + 1] = bits.y;
+      to.words[4 * i + 2] = bits.z, to.words[4 * i + 3] = bits.w;
+    }
+  }
+}
+
+template <int kWidth, class T>
+__device__ void store(const Packed<kWidth, T>& from, T* to) {
+  if constexpr (kWidth == 1) {
+    *to = from.value;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth / kWide<T>; ++i) {
+      const uint32_t* words = from.words + 4 * i;
+      reinterpret_cast<uint4*>(to)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+// By words: what takes a word's halves apart as it loads keeps twice the registers and waits for the load.
+template <int kWidth, class T>
+__device__ void unpack(const Packed<kWidth, T>& from, float (&to)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    to[0] = as_float(from.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const uint32_t word = from.words[i * sizeof(T) / 4];
+      if constexpr (std::is_same_v<T, float>) {
+        to[i] = __uint_as_float(word);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        to[i] = __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+      } else {
+        to[i] = __half2float(__ushort_as_half(static_cast<uint16_t>(i % 2 ? word >> 16 : word)));
+      }
+    }
+  }
+}
+
+template <class T, int kWidth>
+__device__ Packed<kWidth, T> packed(const float (&from)[kWidth]) {
+  Packed<kWidth, T> to;
+  if constexpr (kWidth == 1) {
+    to.value = rounded_to<T>(from[0]);
+  } else if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) to.words[i] = __float_as_uint(from[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(from[i], from[i + 1]);
+        memcpy(&to.words[i / 2], &pair, 4);
+      } else {
+        const __half2 pair = __floats2half2_rn(from[i], from[i + 1]);
+        memcpy(&to.words[i / 2], &pair, 4);
+      }
+    }
+  }
+  return to;
+}
+
 // kWidth elements as float32; 16-byte accesses where they are 16 bytes or more.
 template <int kWidth, class T>
 __device__ void load(const T* from, float (&to)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    to[0] = as_float(*from);
-  } else {
-    T values[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; i += kWide<T>) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
-      memcpy(values + i, &bits, 16);
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) to[i] = as_float(values[i]);
-  }
+  Packed<kWidth, T> values;
+  load(from, values);
+  unpack(values, to);
 }
 
 template <int kWidth, class T>
 __device__ void store(const float (&from)[kWidth], T* to) {
-  if constexpr (kWidth == 1) {
-    *to = rounded_to<T>(from[0]);
-  } else {
-    T values[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] = rounded_to<T>(from[i]);
-#pragma unroll
-    for (int i = 0; i < kWidth; i += kWide<T>) {
-      uint4 bits;
-      memcpy(&bits, values + i, 16);
-      *reinterpret_cast<uint4*>(to + i) = bits;
-    }
-  }
+  store(packed<T>(from), to);
 }
 
-// This thread's elements of a row from column `start` on; `outside` from `end` on.
+// exp(x) within 2e-7, 0 below 1.2e-38: two instructions, where expf takes eight.
+__device__ inline float exp_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// 1 / x within 1 ulp, 0 above 8.5e37: one instruction, where a division takes eight and a branch.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// This thread's elements of a row from column `start` on, all on their way before one is used.
+template <int kWidth, int kItems, class T>
+__device__ void load_items(const T* row, const Place& at, int64_t start, int64_t end,
+                           Packed<kWidth, T> (&to)[kItems / kWidth]) {
+  for_items<kWidth, kItems>(at, start, end, [&](int i, int64_t col) { load(row + col, to[i / kWidth]); });
+}
+
+// As float32, `outside` from `end` on.
 template <int kWidth, int kItems, class T>
 __device__ void load_items(const T* row, const Place& at, int64_t start, int64_t end, float (&to)[kItems],
                            float outside = 0) {
+  Packed<kWidth, T> loaded[kItems / kWidth];
+  load_items<kWidth, kItems>(row, at, start, end, loaded);
 #pragma unroll
   for (float& v : to) v = outside;
-  for_items<kWidth, kItems>(at, start, end, [&](int i, int64_t col) {
+  for_items<kWidth, kItems>(at, start, end, [&](int i, int64_t) {
     float values[kWidth];
-    load<kWidth>(row + col, values);
+    unpack(loaded[i / kWidth], values);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) to[i + k] = values[k];
   });

@@ -54,18 +54,24 @@ __device__ void load_mask(const uint8_t* keep, int64_t stride, uint8_t (&kept)[k
 template <int kWidth, class T>
 __device__ void scores(const SoftmaxForward& a, const Place& at, const T* x, const uint8_t* keep, int64_t n,
                        int64_t start, float (&s)[kItems]) {
+  Packed<kWidth, T> loaded[kItems / kWidth];
+  load_items<kWidth, kItems>(x, at, start, n, loaded);
 #pragma unroll
   for (float& v : s) v = -INFINITY;
   for_items<kWidth, kItems>(at, start, n, [&](int i, int64_t col) {
     float values[kWidth];
-    load<kWidth>(x + col, values);
+    unpack(loaded[i / kWidth], values);
     uint8_t kept[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) kept[k] = 1;
     if (keep) load_mask<kWidth>(keep + col * a.mask.col_stride, a.mask.col_stride, kept);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      if (kept[k] && col + k < n) s[i + k] = a.scale * values[k];
+    for (int k = 0; k < kWidth; ++k) s[i + k] = kept[k] ? a.scale * values[k] : -INFINITY;
+    if (col + kWidth > n) {  // only where the diagonal is
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        if (col + k >= n) s[i + k] = -INFINITY;
+      }
     }
   });
 }
@@ -81,22 +87,44 @@ __device__ float highest_of(const float (&s)[kItems]) {
   return highest;
 }
 
-// s becomes exp(s - shift); returns the sum of these.
-__device__ float exponentiate(float (&s)[kItems], float shift) {
+// s becomes exp(s - shift) from column `start` to n; returns the sum of these.
+template <int kWidth>
+__device__ float exponentiate(const Place& at, int64_t start, int64_t n, float shift, float (&s)[kItems]) {
   float sum = 0;
+  for_items<kWidth, kItems>(at, start, n, [&](int i, int64_t) {
 #pragma unroll
-  for (float& v : s) sum += v = expf(v - shift);
+    for (int k = 0; k < kWidth; ++k) sum += s[i + k] = exp_of(s[i + k] - shift);
+  });
   return sum;
 }
 
-// Writes factor * values from column `start` on.
+// What a warp has to multiply its exponentials with, from their maximum and their sum.
+template <Team kTeam>
+__device__ float factor_of(float highest, float sum) {
+  if constexpr (kTeam == Team::kWarp) return sum == 0 ? 0 : 1 / sum;
+  __shared__ float2 of_warps[32];
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (lane == 0) of_warps[threadIdx.x / 32] = {highest, sum};
+  __syncthreads();
+  const float2 other = lane < warps ? of_warps[lane] : make_float2(-INFINITY, 0);
+  const float shift = shift_of(warp_all(other.x, Max{}));
+  const float total = warp_all(other.y * exp_of(other.x - shift), Add{});
+  return total == 0 ? 0 : exp_of(highest - shift) / total;
+}
+
+// Writes factor * values from column `start` on, of column n and on factor * 0.
 template <int kWidth, class T>
 __device__ void store_scaled(const float (&values)[kItems], float factor, const Place& at, int64_t start,
-                             int64_t cols, T* to) {
+                             int64_t n, int64_t cols, T* to) {
   for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t col) {
     float out[kWidth];
+    const float nothing = 0 * factor;  // NaN in a row makes all of it NaN
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) out[k] = values[i + k] * factor;
+    for (float& v : out) v = nothing;
+    if (col < n) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) out[k] = values[i + k] * factor;
+    }
     store<kWidth>(out, to + col);
   });
 }
@@ -105,6 +133,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_forward_kernel(const SoftmaxForward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
+  assume_at_once<kTeam>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const uint8_t* keep = mask_row(a.mask, at.row);
   const T* x = row_at<T>(a.x, a.x_stride, at.row);
@@ -112,24 +141,24 @@ __global__ void __launch_bounds__(kMostThreads) softmax_forward_kernel(const Sof
   float s[kItems];
   if constexpr (kTeam != Team::kLoop) {
     scores<kWidth>(a, at, x, keep, n, 0, s);
-    const float shift = shift_of(team_max<kTeam>(highest_of(s)));
-    const float sum = team_sum<kTeam>(exponentiate(s, shift));
-    return store_scaled<kWidth>(s, sum == 0 ? 0 : 1 / sum, at, 0, a.cols, y);
+    const float of_warp = warp_all(highest_of(s), Max{});  // one barrier joins the warps' maxima and sums
+    const float sum = warp_all(exponentiate<kWidth>(at, 0, n, shift_of(of_warp), s), Add{});
+    return store_scaled<kWidth>(s, factor_of<kTeam>(of_warp, sum), at, 0, n, a.cols, y);
   }
   float highest = -INFINITY, sum = 0;
   for (int64_t start = 0; start < n; start += step) {
     scores<kWidth>(a, at, x, keep, n, start, s);
     const float higher = fmaxf(highest, highest_of(s)), shift = shift_of(higher);
-    sum = sum * expf(highest - shift) + exponentiate(s, shift);
+    sum = sum * exp_of(highest - shift) + exponentiate<kWidth>(at, start, n, shift, s);
     highest = higher;
   }
   const float shift = shift_of(team_max<kTeam>(highest));
-  sum = team_sum<kTeam>(sum * expf(highest - shift));
+  sum = team_sum<kTeam>(sum * exp_of(highest - shift));
   const float inverse = sum == 0 ? 0 : 1 / sum;
   for (int64_t start = 0; start < a.cols; start += step) {
     scores<kWidth>(a, at, x, keep, n, start, s);
-    exponentiate(s, shift);
-    store_scaled<kWidth>(s, inverse, at, start, a.cols, y);
+    exponentiate<kWidth>(at, start, n, shift, s);
+    store_scaled<kWidth>(s, inverse, at, start, n, a.cols, y);
   }
 }
 
@@ -137,15 +166,22 @@ __global__ void __launch_bounds__(kMostThreads) softmax_forward_kernel(const Sof
 template <int kWidth, class T>
 __device__ float gradients(const Place& at, const T* dy, const T* y, int64_t n, int64_t start,
                            float (&g)[kItems], float (&p)[kItems]) {
+  Packed<kWidth, T> all_dy[kItems / kWidth], all_y[kItems / kWidth];
+  load_items<kWidth, kItems>(dy, at, start, n, all_dy);
+  load_items<kWidth, kItems>(y, at, start, n, all_y);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) g[i] = p[i] = 0;
   for_items<kWidth, kItems>(at, start, n, [&](int i, int64_t col) {
     float dys[kWidth], ys[kWidth];
-    load<kWidth>(dy + col, dys);
-    load<kWidth>(y + col, ys);
+    unpack(all_dy[i / kWidth], dys);
+    unpack(all_y[i / kWidth], ys);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      if (col + k < n) g[i + k] = dys[k], p[i + k] = ys[k];
+    for (int k = 0; k < kWidth; ++k) g[i + k] = dys[k], p[i + k] = ys[k];
+    if (col + kWidth > n) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        if (col + k >= n) g[i + k] = p[i + k] = 0;
+      }
     }
   });
   float sum = 0;
@@ -158,6 +194,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_backward_kernel(const SoftmaxBackward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
+  assume_at_once<kTeam>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const T* dy = row_at<T>(a.dy, a.dy_stride, at.row);
   const T* y = row_at<T>(a.y, a.y_stride, at.row);
@@ -172,7 +209,7 @@ __global__ void __launch_bounds__(kMostThreads) softmax_backward_kernel(const So
     if (kTeam == Team::kLoop) gradients<kWidth>(at, dy, y, n, start, g, p);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) g[i] = p[i] * (g[i] - sum);
-    store_scaled<kWidth>(g, a.scale, at, start, a.cols, dx);
+    store_scaled<kWidth>(g, a.scale, at, start, a.cols, a.cols, dx);
     if (kTeam != Team::kLoop) break;
   }
 }

@@ -41,16 +41,25 @@ __device__ void store_sums(const Place& at, int64_t start, int64_t cols, const f
 
 constexpr int kSumCols = 32, kSumParts = 16;  // of a block: 128 bytes of columns, 16 partial sums at a time
 
-// out[col] = the sum of partial[block * stride + col] over blocks: each of kSumParts threads adds up every
-// kSumParts-th, then one adds these. A column's 512 partial sums take 32 steps.
-static __global__ void add_partials_kernel(const float* partial, int64_t stride, int64_t blocks, int64_t cols,
-                                           float* out) {
+// The sums of `count` parameters' gradients: that of out[k][col] over partial[block][k][col].
+struct Sums {
+  float* out[2];  // null: not wanted
+};
+
+// Each of kSumParts threads adds up every kSumParts-th block's, then one adds these. A column's 512 partial
+// sums take 32 steps.
+static __global__ void add_partials_kernel(const float* partial, int64_t blocks, int64_t cols, int count,
+                                           int64_t across, const Sums sums) {
   __shared__ float of_part[kSumParts][kSumCols];
   const int lane = threadIdx.x % kSumCols, part = threadIdx.x / kSumCols;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kSumCols + lane;
+  const int which = blockIdx.x >= across;
+  float* out = which ? sums.out[1] : sums.out[0];
+  if (!out) return;
+  const int64_t col = (blockIdx.x - which * across) * kSumCols + lane;
   float sum = 0;
   if (col < cols) {
-    for (int64_t block = part; block < blocks; block += kSumParts) sum += partial[block * stride + col];
+    partial += which * cols + col;
+    for (int64_t block = part; block < blocks; block += kSumParts) sum += partial[block * count * cols];
   }
   of_part[part][lane] = sum;
   __syncthreads();
@@ -60,12 +69,13 @@ static __global__ void add_partials_kernel(const float* partial, int64_t stride,
   out[col] = sum;
 }
 
-// Launches it, unless out is null: not wanted.
-inline void add_partials(const char* op, const Context& context, const float* partial, int64_t stride,
-                         int64_t blocks, int64_t cols, float* out) {
-  if (!out) return;
-  launch(op, context, add_partials_kernel, (cols + kSumCols - 1) / kSumCols, kSumCols * kSumParts, 0, partial,
-         stride, blocks, cols, out);
+// Launches it for `count` gradients of `cols` columns, unless none is wanted.
+inline void add_partials(const char* op, const Context& context, const float* partial, int64_t blocks,
+                         int64_t cols, int count, const Sums& sums) {
+  if (!sums.out[0] && !sums.out[1]) return;
+  const int64_t across = (cols + kSumCols - 1) / kSumCols;
+  launch(op, context, add_partials_kernel, across * count, kSumCols * kSumParts, 0, partial, blocks, cols,
+         count, across, sums);
 }
 
 }  // namespace fastlm
