@@ -57,7 +57,7 @@ inline int64_t chunk_rows(int64_t rows, int64_t classes) {
 }
 
 // A chunk's losses and, where dloss [rows] is not null, the gradient in the place of its logits [rows,
-// classes]. sums: float32, room for 2 * rows.
+// classes], whose rows may be farther apart. sums: float32, room for 2 * rows.
 inline void losses_in_place(const Tensor& logits, const int64_t* target, const LossOptions& options,
                             const float* dloss, float* losses, const Tensor& sums) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -67,7 +67,7 @@ inline void losses_in_place(const Tensor& logits, const int64_t* target, const L
                                  .rows = rows,
                                  .cols = classes,
                                  .logits = data,
-                                 .logits_stride = classes,
+                                 .logits_stride = logits.stride(0),
                                  .target = target,
                                  .ignore_index = options.ignore_index,
                                  .label_smoothing = static_cast<float>(options.label_smoothing),

@@ -43,11 +43,11 @@ struct CrossEntropyBackward {
 };
 void cross_entropy_backward(const Context& context, const CrossEntropyBackward& a);
 
-// Both of rows of float32 at once: row_loss and, where dloss is given, dlogits in the place of the logits
-// with d = dloss[row]. linear_cross_entropy runs it between its matmuls.
+// Both of rows of float32 at once: row_loss and, where dloss is given, dlogits in the place of the logits,
+// with their stride and d = dloss[row]. linear_cross_entropy runs it between its matmuls.
 struct CrossEntropyInPlace {
   CrossEntropyInput in;
-  float* logits;                        // [rows, cols], contiguous: in.logits
+  float* logits;                        // in.logits
   const float* dloss;                   // [rows]; may be null
   float *row_loss, *maximum, *exp_sum;  // [rows]
 };

@@ -106,11 +106,11 @@ void gradient_piece(const float* x, int64_t n, float maximum, float scale, float
   for (int64_t j = 0; j < n; ++j) out[j] = exp_nonpositive(x[j] - maximum) * scale - even;
 }
 
+// dlogits of a row, to be multiplied with d.
 template <class T>
-void backward_row(const CrossEntropyBackward& a, int64_t row, float d) {
+void backward_row(const CrossEntropyBackward& a, int64_t row, float d, T* dlogits) {
   const CrossEntropyInput& in = a.in;
   const int64_t cols = in.cols;
-  T* dlogits = static_cast<T*>(a.dlogits) + row * cols;
   if (kind_of(in, row) != Kind::kUsed) {
     std::memset(static_cast<void*>(dlogits), 0, static_cast<size_t>(cols) * sizeof(T));
     return;
@@ -153,7 +153,8 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
     parallel_rows(context, in.rows, in.cols, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         const float d = to_float(dloss[in.reduction == Reduction::kNone ? row : 0]);
-        backward_row<T>(a, row, in.reduction == Reduction::kMean ? d / count : d);
+        T* const dlogits = static_cast<T*>(a.dlogits) + row * in.cols;
+        backward_row(a, row, in.reduction == Reduction::kMean ? d / count : d, dlogits);
       }
     });
   });
@@ -166,7 +167,7 @@ void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a
     parallel_rows(context, a.in.rows, a.in.cols, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         forward_row<float, kSmoothing>(forward, row);
-        if (a.dloss) backward_row<float>(backward, row, a.dloss[row]);
+        if (a.dloss) backward_row(backward, row, a.dloss[row], a.logits + row * a.in.logits_stride);
       }
     });
   });

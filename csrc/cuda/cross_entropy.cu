@@ -104,7 +104,7 @@ template <class T, int kWidth, Team kTeam>
 __device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g, bool used, const Place& at,
                                float (&x)[kItems], void* dlogits) {
   const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
-  T* to = row_at<T>(dlogits, in.cols, at.row);
+  T* to = row_at<T>(dlogits, in.logits_stride, at.row);
   for (int64_t start = 0; start < in.cols; start += at.threads * kItems) {
     if (kTeam == Team::kLoop && used) load_items<kWidth>(logits, at, start, in.cols, x);
     for_items<kWidth, kItems>(at, start, in.cols, [&](int i, int64_t col) {

@@ -55,8 +55,8 @@ def logits_gradient(x, col, target, maximum, exp_sum, d, cols, smoothing, z_loss
 
 @triton.jit(do_not_specialize=["ignore_index", "smoothing", "z_loss", "dloss_step"])
 def row_losses(
-    logits, bias, target, dloss, row_loss, maxima, exp_sums, dlogits, stride, cols, dloss_step, ignore_index,
-    smoothing, z_loss, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, target, dloss, row_loss, maxima, exp_sums, dlogits, stride, dlogits_stride, cols,
+    dloss_step, ignore_index, smoothing, z_loss, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program: a row of logits + bias [cols]. maxima, exp_sums: None where not wanted.
 
@@ -103,7 +103,7 @@ def row_losses(
         tl.store(maxima + row, top)
         tl.store(exp_sums + row, exp_sum)
     if dlogits is not None:
-        dlogits += row * cols
+        dlogits += row * dlogits_stride
         d = row_gradient(dloss, None, row, dloss_step)
         for start in range(0, cols, BLOCK):
             col = start + lane
@@ -156,15 +156,16 @@ def write_row_losses(
     """Writes row_loss [rows] of logits [rows, cols] with its stride, and what else is given.
 
     options: (ignore_index, label_smoothing, z_loss). bias: [cols], added to logits. sums: float32 [rows], the
-    maxima and the sums of exps. dlogits: [rows, cols], contiguous; may be logits. dloss: float32, of each row
-    or one for all; None: 1.
+    maxima and the sums of exps. dlogits: [rows, cols] with its stride; may be logits. dloss: float32, of each
+    row or one for all; None: 1.
     """
     rows, cols = logits.shape
     config = config_for(row_config, logits.device, logits.element_size(), cols)
     step = 1 if dloss is not None and dloss.dim() else 0
+    strides = logits.stride(0), 0 if dlogits is None else dlogits.stride(0)
     launch(
         row_losses, (rows,),
-        logits, bias, target, dloss, row_loss, *sums, dlogits, logits.stride(0), cols, step, *options,
+        logits, bias, target, dloss, row_loss, *sums, dlogits, *strides, cols, step, *options,
         options[1] > 0, *config.block, num_warps=config.warps,
     )  # fmt: skip
 
