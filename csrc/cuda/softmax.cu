@@ -133,7 +133,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_forward_kernel(const SoftmaxForward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const uint8_t* keep = mask_row(a.mask, at.row);
   const T* x = row_at<T>(a.x, a.x_stride, at.row);
@@ -194,7 +194,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_backward_kernel(const SoftmaxBackward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const T* dy = row_at<T>(a.dy, a.dy_stride, at.row);
   const T* y = row_at<T>(a.y, a.y_stride, at.row);
