@@ -61,12 +61,16 @@ __device__ void scores(const SoftmaxForward& a, const Place& at, const T* x, con
   for_items<kWidth, kItems>(at, start, n, [&](int i, int64_t col) {
     float values[kWidth];
     unpack(loaded[i / kWidth], values);
-    uint8_t kept[kWidth];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) kept[k] = 1;
-    if (keep) load_mask<kWidth>(keep + col * a.mask.col_stride, a.mask.col_stride, kept);
+    for (int k = 0; k < kWidth; ++k) s[i + k] = a.scale * values[k];
+    if (keep) {
+      uint8_t kept[kWidth];
+      load_mask<kWidth>(keep + col * a.mask.col_stride, a.mask.col_stride, kept);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) s[i + k] = kept[k] ? a.scale * values[k] : -INFINITY;
+      for (int k = 0; k < kWidth; ++k) {
+        if (!kept[k]) s[i + k] = -INFINITY;
+      }
+    }
     if (col + kWidth > n) {  // only where the diagonal is
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
