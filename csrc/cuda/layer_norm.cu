@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMostThreads)
     layer_norm_forward_kernel(const LayerNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t step = at.threads * kItems;
   const float cols = static_cast<float>(a.cols);
   float h[kItems];
@@ -165,7 +165,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     layer_norm_backward_kernel(const LayerNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const RowRange range = rows_of_block(a.rows, blockIdx.x, gridDim.x);
   const float cols = static_cast<float>(a.cols);
   float d[kSumItems<T, kWidth>], n[kSumItems<T, kWidth>],

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMostThreads)
     rms_norm_forward_kernel(const RmsNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t step = at.threads * kItems;
   float h[kItems], squares = 0;
   for (int64_t start = 0; start < a.cols; start += step) {
@@ -101,7 +101,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     rms_norm_backward_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const RowRange range = rows_of_block(a.rows, blockIdx.x, gridDim.x);
   const float cols = static_cast<float>(a.cols);
   float d[kSumItems<kWidth>], n[kSumItems<kWidth>], dweight[kSumItems<kWidth>] = {};

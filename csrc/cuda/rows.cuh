@@ -135,10 +135,11 @@ __device__ void for_items(const Place& at, int64_t start, int64_t end, F&& f) {
   }
 }
 
-// Tells the compiler that a warp or a block has a row of `cols` columns at once: no 64 bits to compare.
-template <Team kTeam>
+// Tells the compiler that a warp or a block has a row of `cols` columns at once: no 64 bits to compare. By
+// the element it would keep 16 addresses in registers, and spill.
+template <Team kTeam, int kWidth>
 __device__ void assume_at_once(int64_t cols) {
-  if constexpr (kTeam != Team::kLoop) __builtin_assume(cols >= 0 && cols <= 1 << 20);
+  if constexpr (kTeam != Team::kLoop && kWidth > 1) __builtin_assume(cols >= 0 && cols <= 1 << 20);
 }
 
 __device__ inline float as_float(float v) { return v; }

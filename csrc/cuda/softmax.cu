@@ -61,12 +61,16 @@ __device__ void scores(const SoftmaxForward& a, const Place& at, const T* x, con
   for_items<kWidth, kItems>(at, start, n, [&](int i, int64_t col) {
     float values[kWidth];
     unpack(loaded[i / kWidth], values);
-    uint8_t kept[kWidth];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) kept[k] = 1;
-    if (keep) load_mask<kWidth>(keep + col * a.mask.col_stride, a.mask.col_stride, kept);
+    for (int k = 0; k < kWidth; ++k) s[i + k] = a.scale * values[k];
+    if (keep) {
+      uint8_t kept[kWidth];
+      load_mask<kWidth>(keep + col * a.mask.col_stride, a.mask.col_stride, kept);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) s[i + k] = kept[k] ? a.scale * values[k] : -INFINITY;
+      for (int k = 0; k < kWidth; ++k) {
+        if (!kept[k]) s[i + k] = -INFINITY;
+      }
+    }
     if (col + kWidth > n) {  // only where the diagonal is
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -133,7 +137,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_forward_kernel(const SoftmaxForward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const uint8_t* keep = mask_row(a.mask, at.row);
   const T* x = row_at<T>(a.x, a.x_stride, at.row);
@@ -194,7 +198,7 @@ template <class T, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads) softmax_backward_kernel(const SoftmaxBackward a) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
-  assume_at_once<kTeam>(a.cols);
+  assume_at_once<kTeam, kWidth>(a.cols);
   const int64_t n = attended(a.causal, at.row, a.cols), step = at.threads * kItems;
   const T* dy = row_at<T>(a.dy, a.dy_stride, at.row);
   const T* y = row_at<T>(a.y, a.y_stride, at.row);
