@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
-from fastlm import ops
+from fastlm import _load, ops
 from fastlm._op import BACKENDS, OPS
 from fastlm.testing.cases import Draw, cases_of
 from fastlm.testing.compare import KernelCalls
@@ -111,3 +112,34 @@ def test_other_devices_run_on_the_reference_with_the_reason():
     assert explained.chosen == "reference"
     assert explained.reasons["cpu"] == "layer_norm.cpu takes cpu tensors, x is on meta"
     assert ops.layer_norm(x).device.type == "meta"
+
+
+def _fake_attention(queries, dtype, dropout_p=0.0):
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 4, queries, 64, dtype=dtype, device="cuda") for _ in range(3))
+        return fastlm.explain("attention", q, k, v, causal=True).chosen
+
+
+def test_triton_comes_first_where_it_was_measured_to_be_faster(monkeypatch):
+    """2 * (64 + 64) * 2 * 4 * queries^2 is 2e10 at 3125 queries."""
+    monkeypatch.setitem(_load.MISSING, "cuda", None)
+    assert _fake_attention(3124, torch.bfloat16) == "cuda"
+    assert _fake_attention(3126, torch.bfloat16) == "triton"
+    assert _fake_attention(3126, torch.float32) == "cuda"
+    monkeypatch.setitem(_load.MISSING, "cuda", "not built")
+    assert _fake_attention(3124, torch.bfloat16) == "triton"
+    monkeypatch.setitem(_load.MISSING, "cuda", None)
+    monkeypatch.setitem(_load.MISSING, "triton", "not installed")
+    assert _fake_attention(3126, torch.bfloat16) == "cuda"
+
+
+def test_packed_attention_counts_every_token_with_the_longest_sequence(monkeypatch):
+    monkeypatch.setitem(_load.MISSING, "cuda", None)
+
+    def chosen(longest):
+        with FakeTensorMode():
+            q = torch.empty(10_000, 4, 64, dtype=torch.float16, device="cuda")
+            starts = torch.empty(6, dtype=torch.int32, device="cuda")
+            return fastlm.explain("attention_varlen", q, q, q, starts, starts, longest, longest).chosen
+
+    assert chosen(1952) == "cuda" and chosen(1954) == "triton"

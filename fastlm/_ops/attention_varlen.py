@@ -123,6 +123,13 @@ def _triton_limits(q, k, v, *_):
     return None
 
 
+def _triton_first(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *_):
+    """As attention's, of every token with the longest sequence's keys: the host knows no other lengths."""
+    tokens, heads, dim = q.shape
+    flops = 2 * (dim + v.shape[2]) * heads * tokens * max_k
+    return q.dtype != torch.float32 and flops >= _dense.TRITON_FLOPS
+
+
 _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float scale, bool top_left,"
     " SymInt left, SymInt right, float softcap, Tensor? alibi_slopes, float dropout_p, Tensor? seed"
@@ -138,6 +145,7 @@ OP = Op(
         _fake_backward,
     ),
     backends={"cuda": _cuda_limits, "triton": _triton_limits, "cpu": _cpu_limits},
+    triton_first=_triton_first,
 )
 
 
