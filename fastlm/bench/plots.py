@@ -105,7 +105,9 @@ def _ratios(found: dict):
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
     axes.tick_params(axis="y", labelsize=8)
-    axes.set(xlabel="times as fast as the best baseline (named after the stroke); bars of rounds' quartiles")
+    axes.set(
+        xlabel="times as fast as the best baseline, named after the stroke;\nlines: the rounds' quartiles"
+    )
     axes.set_title(f"fastlm against the best of torch\n{_machine(found)}", fontsize=10)
     return figure
 
@@ -144,12 +146,13 @@ def _roofline(found: dict):
     axes.loglog(span, middle, color="#333333")
     axes.fill_between(span, low, high, color="#333333", alpha=0.12, linewidth=0)
     for number, (row, x) in enumerate(zip(rows, intensities, strict=False), 1):
-        side = next(iter(row["ratios"]))
+        side = min(row["ratios"], key=lambda name: row["sides"][name]["median_s"])
         y = row["work"]["flops"] / row["sides"][side]["median_s"] / 1e9
         if row["best_baseline"]:
             torchs = row["work"]["flops"] / row["sides"][row["best_baseline"]]["median_s"] / 1e9
             axes.plot([x, x], [torchs, y], color=_BASELINE, marker="_", markevery=[0], linewidth=0.8)
-        told = f"{number}  {results.title(row)}: {row['share_of_floor'][side]:.2f} of {row['floor']['of']}"
+        title = results.title(row) + (f" {side}" if side != "fastlm" else "")
+        told = f"{number}  {title}: {row['share_of_floor'][side]:.2f} of {row['floor']['of']}"
         style = {"marker": _MARKS[row["dtype"]], "linestyle": "none", "markersize": 6, "alpha": 0.8}
         axes.plot(x, y, color=_FASTLM, label=told, **style)
         axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, -3), fontsize=7)

@@ -103,7 +103,8 @@ def peaks_table(rows: list[dict]) -> Table | None:
     for row in rows:
         if row.get("peaks_mb"):
             before, after = (row["peaks_mb"][n] for n in ("baseline", "fastlm"))
-            made.add_row(results.title(row), f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.2f}")
+            share = f"{after / before:.2f}" if before >= 0.5 else "–"  # of less than a MB it says nothing
+            made.add_row(results.title(row), f"{before:,.0f}", f"{after:,.0f}", share)
     return made if made.row_count else None
 
 
