@@ -156,6 +156,14 @@ __device__ void load(const T* from, float (&to)[kWidth]) {
   }
 }
 
+// To global memory. nvcc cuts some assignments of a uint4 in four, those of rope among them: 4 times the
+// sectors.
+__device__ inline void store_16_bytes(const uint32_t (&bits)[4], void* to) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]),
+               "r"(bits[3])
+               : "memory");
+}
+
 template <int kWidth, class T>
 __device__ void store(const float (&from)[kWidth], T* to) {
   if constexpr (kWidth == 1) {
@@ -166,9 +174,9 @@ __device__ void store(const float (&from)[kWidth], T* to) {
     for (int i = 0; i < kWidth; ++i) values[i] = rounded_to<T>(from[i]);
 #pragma unroll
     for (int i = 0; i < kWidth; i += kWide<T>) {
-      uint4 bits;
-      memcpy(&bits, values + i, 16);
-      *reinterpret_cast<uint4*>(to + i) = bits;
+      uint32_t bits[4];
+      memcpy(bits, values + i, 16);
+      store_16_bytes(bits, to + i);
     }
   }
 }
