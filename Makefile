@@ -46,9 +46,11 @@ test-slow: setup $(VENV)/nvcc
 test-gpu-model: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
 
-# What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
-bars: setup
+# What the GPU kernels compile to, stored as limits, and its tables. make bars ARGS="--op attention": one op's.
+bars: setup $(VENV)/nvcc
 	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars.json --docs docs/evidence.md $(ARGS)
+	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars_cuda.json --backend cuda \
+	  --beside tests/static_bars.json --docs docs/cuda.md $(ARGS)
 
 # Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
 # make mutate ARGS="--op layer_norm" takes minutes.
