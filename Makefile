@@ -58,9 +58,11 @@ test-cuda-build:
 	@TORCH_CUDA_ARCH_LIST="8.0 9.0 10.0 12.0" $(CUDA_VENV)/bin/python -m pip -qq install --no-deps --no-build-isolation .
 	@$(CUDA_VENV)/bin/pytest -p no:cacheprovider tests/test_cuda_build.py $(ARGS)
 
-# What the Triton kernels compile to, stored as limits, and its table. make bars ARGS="--op attention": one op's.
-bars: setup
+# What the GPU kernels compile to, stored as limits, and its tables. make bars ARGS="--op attention": one op's.
+bars: setup $(VENV)/nvcc
 	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars.json --docs docs/evidence.md $(ARGS)
+	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars_cuda.json --backend cuda \
+	  --beside tests/static_bars.json --docs docs/cuda.md $(ARGS)
 
 # Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
 # make mutate ARGS="--op layer_norm" takes minutes.

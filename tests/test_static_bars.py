@@ -14,8 +14,9 @@ import triton
 from fastlm._op import OPS
 from fastlm.testing.static_bars import bars, table
 from fastlm.testing.static_bars.calls import calls_of
+from fastlm.testing.static_bars.compiled import launched
 from fastlm.testing.static_bars.occupancy import LIMITS, occupancy
-from fastlm.testing.static_bars.record import described, launched, measured
+from fastlm.testing.static_bars.record import described, measured
 from fastlm.testing.static_bars.sass import Instruction, loops
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_what_a_kernel_misses_has_a_reason():
 def test_page_shows_what_is_stored():
     _, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- bars:start -->")
     shown = rest.partition("<!-- bars:end -->")[0].strip()
-    assert shown == table.markdown(bars.read(STORED)), "run make bars"
+    assert shown == table.markdown(bars.read(STORED), triton.__version__), "run make bars"
 
 
 def test_limits_of_another_release_of_triton_are_refused(tmp_path):

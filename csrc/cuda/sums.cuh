@@ -22,19 +22,20 @@ __device__ void store_sums(const Place& at, int64_t start, int64_t cols, const f
   if constexpr (kTeam == Team::kBlock) {
     store_items<kWidth>(sums, at, start, cols, out);
   } else {
-    __shared__ float of_warps[kWarpThreads / 32][32 * kItems];
+    constexpr int kPitch = 32 + 32 / kWidth;  // of an item of all lanes: those of 32 columns meet in no bank
+    __shared__ float of_warps[kWarpThreads / 32][kItems * kPitch];
     __syncthreads();  // the call before may still read of_warps
-    for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t col) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) of_warps[threadIdx.x / 32][col - start + k] = sums[i + k];
-    });
+    for (int i = 0; i < kItems; ++i) of_warps[threadIdx.x / 32][i * kPitch + at.thread] = sums[i];
     __syncthreads();
-    const int64_t last = min(cols, start + 32 * kItems);
-    for (int64_t col = start + threadIdx.x; col < last; col += kWarpThreads) {
-      float sum = of_warps[0][col - start];
+    const int last = static_cast<int>(min(cols - start, static_cast<int64_t>(32 * kItems)));
+    for (int col = threadIdx.x; col < last; col += kWarpThreads) {
+      const int item = col / (32 * kWidth) * kWidth + col % kWidth;
+      const int place = item * kPitch + col / kWidth % 32;
+      float sum = of_warps[0][place];
 #pragma unroll
-      for (int warp = 1; warp < kWarpThreads / 32; ++warp) sum += of_warps[warp][col - start];
-      out[col] = sum;
+      for (int warp = 1; warp < kWarpThreads / 32; ++warp) sum += of_warps[warp][place];
+      out[start + col] = sum;
     }
   }
 }

@@ -1,4 +1,4 @@
-"""What the Triton kernels move, counted on the simulator: the bars of docs/evidence.md, and its table.
+"""What the GPU kernels move, counted on the simulator: the bars of docs/evidence.md, and its table.
 
     python -m fastlm.testing.memory_bars [--docs docs/evidence.md]
 
@@ -7,6 +7,9 @@ below a sixteenth of the largest (a weight, statistics) is counted once however 
 the L2 cache. Sectors and wavefronts: ptxsim/profile.py.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,13 +28,17 @@ _SMALL = 16  # a tensor this much smaller than the largest stays in the L2 cache
 
 
 class Movement(NamedTuple):
-    """Of one raw op: bytes moved and the least; sectors and wavefronts over ideal; launches."""
+    """Of one raw op: bytes moved and the least; sectors and wavefronts over ideal; launches.
+
+    instructions: of each kernel, of all its threads.
+    """
 
     moved: int
     least: int
     sectors: float
     wavefronts: float
     launches: int
+    instructions: dict[str, int]
 
     @property
     def ratio(self) -> float:
@@ -39,31 +46,41 @@ class Movement(NamedTuple):
         return self.moved / self.least
 
 
-def measure(workload: Workload, arch: str = "sm_80") -> tuple[Movement, Movement | None]:
-    """Runs the raw op, and its backward if it has one, on the simulator; returns what each moved."""
+def measure(
+    workload: Workload,
+    arch: str = "sm_80",
+    backend: str = "triton",
+    also: Callable[[Callable[[], object]], None] = lambda call: None,
+) -> tuple[Movement, Movement | None]:
+    """Runs the raw op, and its backward if it has one, on the simulator; returns what each moved.
+
+    also: called with each of the two calls, before it runs.
+    """
     op = OPS[workload.op]
     arguments, _ = raw_arguments(workload.op, **workload.arguments())
-    profile = Profile()
-    with ptxsim.device(arch, profile), torch.no_grad():
-        outputs = _as_tuple(op.forward["triton"](*arguments))
+    profile, outputs = _simulated(functools.partial(op.forward[backend], *arguments), arch, also)
     named = dict(zip(op.arguments, arguments, strict=True)) | dict(zip(op.outputs, outputs, strict=False))
     written = [named[n] for n in op.written] or [t for t in outputs if t is not None]
     read = [t for n, t in zip(op.arguments, arguments, strict=True) if n not in op.written]
     forward = _movement(profile, read, written)
-    return forward, _backward(op, named, arch, workload.unread) if workload.backward else None
-
-
-def _backward(op, named: dict, arch: str, unread: tuple) -> Movement:
+    if not workload.backward:
+        return forward, None
+    raw = op.backward[backend]
     named |= {f"d{o}": torch.randn_like(named[o]) for o in op.outputs[: op.public] if named[o].numel()}
-    raw = op.backward["triton"]
-    wanted = [isinstance(named[op.arguments[a]], Tensor) for a in op.wanted]
-    named["needs"] = wanted
+    named["needs"] = [isinstance(named[op.arguments[a]], Tensor) for a in op.wanted]
     given = [named.get(a.name) for a in raw._schema.arguments]
+    profile, gradients = _simulated(functools.partial(raw, *given), arch, also)
+    read = [t for a, t in zip(raw._schema.arguments, given, strict=True) if a.name not in workload.unread]
+    return forward, _movement(profile, read, gradients)
+
+
+def _simulated(call: Callable[[], object], arch: str, also: Callable) -> tuple[Profile, tuple]:
+    """(what the call's launches did, its outputs)."""
     profile = Profile()
-    with ptxsim.device(arch, profile), torch.no_grad():
-        gradients = _as_tuple(raw(*given))
-    read = [t for a, t in zip(raw._schema.arguments, given, strict=True) if a.name not in unread]
-    return _movement(profile, read, gradients)
+    with torch.no_grad():
+        also(call)
+        with ptxsim.device(arch, profile):
+            return profile, _as_tuple(call())
 
 
 def _bytes(tensors) -> int:
@@ -81,6 +98,7 @@ def _movement(profile: Profile, read, written) -> Movement:
         _over_ideal(traffic),
         _over_ideal(profile.shared_traffic.values()),
         len(profile.launches),
+        dict(profile.instructions),
     )
 
 
@@ -133,23 +151,24 @@ class Reads(NamedTuple):
     wavefronts: float
 
 
-def attention_reads(arch: str = "sm_80", causal: bool = True, seq: int = 512, dim: int = 64) -> Reads:
-    """Of attention over [1, 4, seq, dim] in bfloat16: a tile of queries reads the tiles of keys it sees."""
-    from fastlm_triton._attention_forward import forward_config
-
+def attention_reads(arch: str = "sm_80", causal: bool = True, backend: str = "triton") -> Reads:
+    """Of attention over [1, 4, 512, 64] in bfloat16: a tile of queries reads the tiles of keys it sees."""
+    seq, dim = 512, 64
     q, k, v = (torch.randn(1, 4, seq, dim, dtype=torch.bfloat16) for _ in range(3))
     profile = Profile()
     with ptxsim.device(arch, profile), torch.no_grad():
-        ops.attention(q, k, v, causal=causal, backend="triton")
-    (queries, keys), *_ = forward_config(int(arch[3:].rstrip("a")), torch.bfloat16, dim, seq, "")
+        ops.attention(q, k, v, causal=causal, backend=backend)
+    ((_, grid, _),) = profile.launches
+    queries = 4 * seq // math.prod(grid)
     tiles = range(0, seq, queries)
-    seen = sum(-(-(min(start + queries, seq) if causal else seq) // keys) * keys for start in tiles)
-    read = sum(t.sectors for (_, way, name), t in profile.memory_traffic.items() if name in ("k", "v"))
+    seen = sum(min(start + queries, seq) if causal else seq for start in tiles)  # whole tiles of keys
+    names = ("k", "v") if backend == "triton" else ("argument 1", "argument 2")
+    read = sum(t.sectors for (_, _, name), t in profile.memory_traffic.items() if name in names)
     row = 2 * 4 * dim * 2  # keys and values, heads, bytes
     return Reads(SECTOR * read, seen * row, seq * row, _over_ideal(profile.shared_traffic.values()))
 
 
-def matrix_kernels(arch: str = "sm_80") -> dict[str, tuple[float, float]]:
+def matrix_kernels(arch: str = "sm_80", backend: str = "triton") -> dict[str, tuple[float, float]]:
     """(sectors, wavefronts) over ideal of each kernel with a matrix product, at sizes of several tiles."""
     profile = Profile()
     q, k, v = (torch.randn(1, 2, 256, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
@@ -158,8 +177,9 @@ def matrix_kernels(arch: str = "sm_80") -> dict[str, tuple[float, float]]:
         for shape in ((128, 128), (256, 128), (128, 256))
     )
     with ptxsim.device(arch, profile):
-        ops.attention(q, k, v, causal=True, backend="triton").sum().backward()
-        ops.feed_forward(x, w1, None, w2, None, backend="triton").sum().backward()
+        ops.attention(q, k, v, causal=True, backend=backend).sum().backward()
+        if backend == "triton":  # of csrc/cuda they are torch's
+            ops.feed_forward(x, w1, None, w2, None, backend=backend).sum().backward()
     shares: dict[str, list] = {}
     for (kernel, _, _), traffic in profile.memory_traffic.items():
         shares.setdefault(kernel, []).append(traffic)

@@ -1,4 +1,7 @@
-"""What memory_bars.py counts: each op at a size of many programs, and what torch users write instead."""
+"""What memory_bars.py counts: each op at a size of many programs, and what torch users write instead.
+
+BESIDE: more sizes and ops, for the table that puts csrc/cuda beside Triton.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ class Workload:
     title: str
     op: str
     arguments: Callable[[], dict]
-    eager: Callable[..., Tensor]
+    eager: Callable[..., Tensor] | None = None
     backward: bool = True
     unread: tuple[str, ...] = ()  # what backward's schema has and needs only without dropout and residual
 
@@ -95,12 +98,12 @@ WORKLOADS = [
         lambda gate, up: functional.silu(gate) * up,
     ),
     Workload(
-        "rope [2, 8, 512, 64]",
+        "rope [2, 32, 128, 64]",
         "rope",
         lambda: {
-            "x": torch.randn(2, 8, 512, 64, dtype=torch.bfloat16),
-            "cos": _table(512, 64),
-            "sin": _table(512, 64),
+            "x": torch.randn(2, 32, 128, 64, dtype=torch.bfloat16),
+            "cos": _table(128, 64),
+            "sin": _table(128, 64),
         },
         _eager_rope,
     ),
@@ -134,5 +137,60 @@ WORKLOADS = [
         },
         _eager_decode,
         backward=False,
+    ),
+]
+
+
+def _wide_norm(rows: int, cols: int) -> Callable[[], dict]:
+    return lambda: {"x": _rows(rows, cols), "weight": torch.randn(cols, dtype=torch.bfloat16)}
+
+
+def _attention(heads: int, dim: int) -> Callable[[], dict]:
+    def arguments():
+        made = {n: torch.randn(1, heads, 512, dim, dtype=torch.bfloat16) for n in "qkv"}
+        return made | {"causal": True}
+
+    return arguments
+
+
+def _packed() -> dict:
+    made = {n: torch.randn(768, 4, 64, dtype=torch.bfloat16) for n in "qkv"}
+    starts = torch.tensor([0, 256, 768], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_q": 512, "max_k": 512}
+    return made | lengths | {"causal": True}
+
+
+def _int8_decode() -> dict:
+    caches = {
+        n: torch.randint(-127, 128, (4, 2, 2048, 128), dtype=torch.int8) for n in ("k_cache", "v_cache")
+    }
+    scales = {n: torch.rand(4, 2, 2048) / 127 for n in ("k_scale", "v_scale")}
+    lengths = torch.full((4,), 2048, dtype=torch.int32)
+    q = torch.randn(4, 8, 1, 128, dtype=torch.bfloat16)
+    return {"q": q, **caches, "kv_lengths": lengths, **scales}
+
+
+def _feed_forward() -> dict:
+    x, w1, w2 = _rows(256, 128), _rows(512, 128), _rows(128, 512)
+    b1, b2 = torch.randn(512, dtype=torch.bfloat16), torch.randn(128, dtype=torch.bfloat16)
+    return {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+
+
+BESIDE = [
+    Workload("softmax [16, 50304]", "softmax", lambda: {"x": _rows(16, 50304)}),
+    Workload("layer_norm [256, 4096]", "layer_norm", _wide_norm(256, 4096)),
+    Workload("rms_norm [256, 4096]", "rms_norm", _wide_norm(256, 4096)),
+    Workload("rms_norm [128, 16384]", "rms_norm", _wide_norm(128, 16384)),
+    Workload("attention causal [1, 4, 512, 64]", "attention", _attention(4, 64)),
+    Workload("attention causal [1, 2, 512, 128]", "attention", _attention(2, 128)),
+    Workload("attention_varlen causal [256 + 512, 4, 64]", "attention_varlen", _packed),
+    Workload(
+        "decode_attention [4, 8, 1, 128] over 2048, int8", "decode_attention", _int8_decode, None, False
+    ),
+    Workload("feed_forward [256, 128 x 512]", "feed_forward", _feed_forward),
+    Workload(
+        "linear_cross_entropy [64, 64 x 16384]",
+        "linear_cross_entropy",
+        lambda: {"x": _rows(64, 64), "weight": _rows(16384, 64), "target": torch.randint(0, 16384, (64,))},
     ),
 ]

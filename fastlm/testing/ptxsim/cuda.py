@@ -49,6 +49,7 @@ class Runtime:
         self._callback = _CALLBACK(self._launched)
         self._lock = threading.RLock()
         self._error: BaseException | None = None
+        self._listed: list[Launch] | None = None
         self._tensors: list[tuple[str, torch.Tensor]] = []
         self.launches: list[Launch] = []
 
@@ -63,7 +64,8 @@ class Runtime:
             self._tensors = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
             number = int("".join(c for c in self._arch if c.isdigit()))
             self.library.fastlm_simulate(self._callback, SHARED[number], _STREAM)
-            self.library.fastlm_note_begin()
+            if self._listed is None:
+                self.library.fastlm_note_begin()
             try:
                 result = function(*args)
             except RuntimeError:
@@ -76,11 +78,24 @@ class Runtime:
                 raise self._error
             return result
 
+    def listed(self, run: Callable[[], None]) -> list[Launch]:
+        """What run() launches, all calls together. Nothing is executed, and no memory written or read."""
+        with self._lock:
+            self._listed = found = []
+            try:
+                run()
+            finally:
+                self._listed = None
+            return found
+
     def _launched(self, kernel, grid, threads, shared, parameters, stream) -> int:
         try:
             launch = Launch(kernel.decode(), tuple(grid[0]), tuple(threads[0]), shared, stream)
             self.launches.append(launch)
-            self._execute(launch, parameters)
+            if self._listed is None:
+                self._execute(launch, parameters)
+            else:
+                self._listed.append(launch)
         except BaseException as error:  # no exception may pass through C
             self._error = error
             return _LAUNCH_FAILURE
@@ -93,13 +108,16 @@ class Runtime:
                 packed[offset : offset + size] = ctypes.string_at(parameters[i], size)
             return bytes(packed)
 
-        text, name = self._text(launch.kernel), launch.kernel
-        simulate.execute(name, text, launch.grid, launch.threads, launch.shared, self._memory(), pack)
+        text = cuda_build.kernels(self.source(launch.kernel), self._arch)[launch.kernel]
+        simulate.execute(
+            launch.kernel, text, launch.grid, launch.threads, launch.shared, self._memory(), pack
+        )
 
-    def _text(self, kernel: str) -> bytes:
+    def source(self, kernel: str) -> Path:
+        """The .cu that has a kernel. Raises: LookupError where none has."""
         for source in sorted(self._cuda, key=lambda f: f"_{f.stem}_cu_" not in kernel):
-            if text := cuda_build.kernels(source, self._arch).get(kernel):
-                return text
+            if kernel in cuda_build.kernels(source, "sm_80"):  # that of the library
+                return source
         raise LookupError(f"ptxsim: no PTX has a kernel {kernel}")
 
     def _memory(self) -> Allocations:

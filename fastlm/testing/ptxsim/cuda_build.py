@@ -100,6 +100,21 @@ def ptx(source: Path, arch: str) -> Path:
     )
 
 
+def cubin(source: Path, arch: str) -> Path:
+    """A .cu's machine code for an architecture such as "sm_90", as ptxas makes it from that PTX."""
+    return _kept(
+        f"{source.stem}.{arch}.cubin",
+        [source],
+        lambda to: _nvcc(f"-arch={arch}", "-cubin", ptx(source, arch), "-o", to),
+    )
+
+
+def release() -> str:
+    """nvcc's, such as "13.0.88"."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"\bV(\d+\.\d+\.\d+)", said).group(1)
+
+
 @functools.lru_cache(maxsize=64)
 def kernels(source: Path, arch: str) -> dict[str, bytes]:
     """Each kernel of a .cu by its name: PTX of its own, with what it declares of shared memory."""

@@ -82,6 +82,8 @@ class Machine:
                 self._leave(lanes)
                 continue
             self._enter(lanes)
+            if self.profile is not None:
+                self.profile.block(self.compiled.program.blocks[at].instructions, lanes)
             target, other, predicate = self.compiled.functions[at](self.registers, self)
             for to, which in self._split(lanes, target, other, predicate):
                 if to < 0:

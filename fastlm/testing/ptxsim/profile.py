@@ -1,5 +1,7 @@
-"""Counts what a launch does to memory: sectors of global memory and wavefronts of shared memory.
+"""Counts what a launch does: its instructions, sectors of global memory and wavefronts of shared memory.
 
+An instruction of PTX that any thread of a warp runs counts for its 32 threads, as they wait for it; mov, of
+which machine code has few, counts for none.
 A warp's access to global memory moves whole sectors of 32 bytes: ideal is as many as its distinct bytes fill.
 Shared memory has 32 banks of 4 bytes: a wavefront serves one word of each; ideal is 128 bytes a wavefront.
 Source: NVIDIA, Nsight Compute, "Memory tables", https://docs.nvidia.com/nsight-compute/ProfilingGuide/.
@@ -40,10 +42,17 @@ class Profile:
         self.launches: list[tuple[str, tuple, tuple]] = []
         self.memory_traffic: dict[tuple[str, str, str], Traffic] = defaultdict(Traffic)
         self.shared_traffic: dict[str, Traffic] = defaultdict(Traffic)
+        self.instructions: dict[str, int] = defaultdict(int)  # of each kernel, of all threads
 
     def start(self, kernel: str, grid: tuple, threads: tuple) -> None:
         """A launch begins."""
         self.launches.append((kernel, grid, threads))
+
+    def block(self, instructions: list, lanes) -> None:
+        """A basic block that `lanes` run."""
+        warps = np.unique(lanes >> 5).size
+        counted = sum(not i.opcode.startswith("mov.") for i in instructions)
+        self.instructions[self.launches[-1][0]] += 32 * warps * counted
 
     def memory(self, site, lanes, name: str, offset, size: int) -> None:
         """One access to global memory by `lanes`, `size` bytes each, at offsets in the tensor `name`."""

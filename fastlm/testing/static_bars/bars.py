@@ -1,25 +1,28 @@
 """The stored limits, what every kernel should reach besides, and the exceptions with their reasons."""
 
 import json
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
 from ...bench.results import write_text
+from ..ptxsim import cuda_build
 from .occupancy import LIMITS
 from .record import Kernel
 
 _AT_MOST = ("registers", "spills", "hot_spills", "stack", "shared", "atomics", "bare")
 _AT_LEAST = ("occupancy", "loads", "stores", "wide")
 _MULTIPLY = ("attention", "attention_varlen", "decode_attention", "feed_forward")
-_ADD = ("add_partials", "merge_kernel")  # their kernels that multiply no matrices
+_ADD = ("add_partials*", "*merge_kernel", "bias_act*", "convert*")  # their kernels that multiply no matrices
 _WARPS, _MATRIX_WARPS = 16, 8  # resident: a quarter hides memory's latency with 4, a matrix unit is fed by 2
 
 _ONCE = "a few values, saved before the loop and fetched after it"
 _EVEN = "rows of 50257 halves start at any even address"
 # (keys, what they miss, why that is right, or what it costs)
-EXCEPTIONS = [
+_TRITONS = [
     ("* add_partials*", "wide stores", "a thread has one sum; the 64 of a block lie side by side"),
     ("*cross_entropy * row_losses*", "wide stores", "writes a few numbers a row"),
     ("*cross_entropy * add_rows*", "wide stores", "writes two numbers"),
@@ -41,21 +44,68 @@ EXCEPTIONS = [
 ]
 
 
-def read(file: Path) -> dict[str, Kernel]:
-    """The stored kernels by key. Raises: ValueError if another release of Triton made them."""
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if stored["triton"] != triton.__version__:
+_SMALL = "a weight or a bias: the time of a launch, however wide"
+_COLUMN = "a thread adds up one column; those of a warp lie side by side"
+_FEW = "one number a row, of all that row_losses has read"
+_WIDE = "q, dout, and tiles of k and v, take 97 KB and more of shared memory: one block"
+_CUDAS = [
+    ("* convert_kernel*", "wide loads", _SMALL),
+    ("* convert_kernel*", "wide stores", _SMALL),
+    ("* add_partials_kernel*", "wide loads", _COLUMN),
+    ("* add_partials_kernel*", "wide stores", _COLUMN),
+    ("cross_entropy * add_rows_kernel*", "wide loads", _FEW),
+    ("cross_entropy * add_rows_kernel*", "wide stores", _FEW),
+    ("cross_entropy 50257 *", "wide loads", _EVEN),
+    ("cross_entropy 50257 *", "wide stores", _EVEN),
+    ("append_kv * int8 *", "wide stores", "a thread makes 4 or 8 bytes of the 16 that it reads"),
+    ("attention d64*bias* attention_dbias_kernel sm_*", "wide stores", "rows of a bias start at any address"),
+    ("attention* d128 * f32 attention_dq_kernel sm_*", "occupancy", _WIDE),
+    ("attention d256 * attention_dq_kernel sm_*", "occupancy", _WIDE),
+    ("rope d128 interleaved bf16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 56 registers"),
+]
+
+
+class Compiler(NamedTuple):
+    """Whose ptxas makes a backend's machine code. release: of the one that is installed here."""
+
+    name: str
+    release: Callable[[], str]
+    exceptions: list[tuple[str, str, str]]
+
+
+COMPILERS = {
+    "triton": Compiler("Triton", lambda: triton.__version__, _TRITONS),
+    "cuda": Compiler("nvcc", cuda_build.release, _CUDAS),
+}
+
+
+def read(file: Path, backend: str = "triton") -> dict[str, Kernel]:
+    """The stored kernels by key. Raises: ValueError if another release of the compiler made them."""
+    name, release, _ = COMPILERS[backend]
+    stored = stored_release(file, backend)
+    if stored != release():
         raise ValueError(
-            f"{file} holds what the ptxas of Triton {stored['triton']} makes, this is {triton.__version__}:"
-            " run make bars"
+            f"{file} holds what the ptxas of {name} {stored} makes, this is {release()}: run make bars"
         )
+    return stored_kernels(file)
+
+
+def stored_release(file: Path, backend: str) -> str:
+    """Of the compiler that made what is stored."""
+    return json.loads(file.read_text(encoding="utf-8"))[COMPILERS[backend].name.lower()]
+
+
+def stored_kernels(file: Path) -> dict[str, Kernel]:
+    """The stored kernels by key, whichever release made them."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
     return {key: Kernel(**kernel) for key, kernel in stored["kernels"].items()}
 
 
-def write(file: Path, kernels: dict[str, Kernel]) -> None:
+def write(file: Path, kernels: dict[str, Kernel], backend: str = "triton") -> None:
     """One line a kernel."""
+    name, release, _ = COMPILERS[backend]
     lines = (f"{json.dumps(key)}: {json.dumps(kernel._asdict())}" for key, kernel in kernels.items())
-    head = f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n'
+    head = f'{{"{name.lower()}": {json.dumps(release())}, "kernels": {{\n'
     write_text(file, head + ",\n".join(lines) + "\n}}\n")
 
 
@@ -80,7 +130,8 @@ def worse(stored: dict[str, Kernel], found: dict[str, Kernel]) -> list[str]:
 def misses(key: str, kernel: Kernel) -> list[str]:
     """What a kernel should reach and does not: names of aims."""
     words = key.rpartition(" sm_")[0].split()  # op case dtype kernel, and perhaps its number
-    multiplies = words[0] in _MULTIPLY and words[-1 - words[-1].isdigit()] not in _ADD
+    name = words[-1 - words[-1].isdigit()]
+    multiplies = words[0] in _MULTIPLY and not any(fnmatch(name, pattern) for pattern in _ADD)
     halves = multiplies and "f32" not in words
     limits = LIMITS[int(key.rpartition("_")[2])]
     warps = kernel.blocks * kernel.threads // 32
@@ -97,15 +148,15 @@ def misses(key: str, kernel: Kernel) -> list[str]:
     return [aim for aim, missed in found.items() if missed]
 
 
-def unexplained(kernels: dict[str, Kernel]) -> list[str]:
+def unexplained(kernels: dict[str, Kernel], backend: str = "triton") -> list[str]:
     """Sentences: what kernels miss without an exception, and exceptions that nothing needs."""
-    told, used = [], set()
+    told, used, exceptions = [], set(), COMPILERS[backend].exceptions
     for key, kernel in kernels.items():
         for aim in misses(key, kernel):
-            excused = [e for e in EXCEPTIONS if fnmatch(key, e[0]) and e[1] == aim]
+            excused = [e for e in exceptions if fnmatch(key, e[0]) and e[1] == aim]
             used.update(excused)
             if not excused:
                 told.append(f"{key} misses {aim}: {kernel}")
     return told + [
-        f"the exception {e[0]}, {e[1]} is not needed any more" for e in EXCEPTIONS if e not in used
+        f"the exception {e[0]}, {e[1]} is not needed any more" for e in exceptions if e not in used
     ]

@@ -33,9 +33,10 @@ def landed(op: str) -> bool:
     return importlib.util.find_spec(f"fastlm_triton.{op}") is not None
 
 
-def calls_of(op: str) -> list[Call]:
+def calls_of(op: str, backend: str = "triton") -> list[Call]:
     """All calls of one op."""
-    return [Call(op, case, dtype, inputs) for case, dtypes, inputs in _CALLS[op] for dtype in dtypes]
+    calls = _BESIDE_TORCH[op] if backend == "cuda" and op in _BESIDE_TORCH else _CALLS[op]
+    return [Call(op, case, dtype, inputs) for case, dtypes, inputs in calls for dtype in dtypes]
 
 
 def _norm(cols, op="layer_norm", residual=False, **options):
@@ -279,5 +280,11 @@ _CALLS = {
         ("d128 paged", _ONE, _append(8, 128, paged=True)),
         ("d128 int8", _TWO, _append(8, 128, int8=True)),
         ("d128 paged int8", _ONE, _append(8, 128, paged=True, int8=True)),
+    ],
+}
+_BESIDE_TORCH = {  # whose products of matrices are torch's with csrc/cuda: it runs them, so small ones
+    "feed_forward": [
+        ("64x3072 gelu", _ALL, _feed_forward(16, 64, 3072)),
+        ("64x16384 silu+dropout", _TWO, _feed_forward(16, 64, 16384, "silu", **_DROPOUT)),
     ],
 }

@@ -1,17 +1,15 @@
-"""Which kernels a call launches, compiled as for a GPU, and what each is compiled to. Nothing is run."""
+"""What the kernels that calls launch are compiled to."""
 
 import functools
-from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ... import ops
-from ..._triton import simulated
 from ..cases import cases_of
-from ..ptxsim.driver import Driver, driven_by
+from . import compiled, cuda
 from .calls import Call
+from .compiled import Compiled
 from .occupancy import occupancy
 from .sass import Instruction, disassembled, loops, machine_code, registers_and_stack
 
@@ -49,59 +47,20 @@ class Kernel(NamedTuple):
     bare: int
 
 
-class Compiled(NamedTuple):
-    """A kernel as Triton made it. shared: bytes of a block. threads: of a block."""
-
-    name: str
-    cubin: bytes
-    shared: int
-    threads: int
-
-
-class _Launches:
-    """The `run` of a driver that only writes down what would run: each compiled kernel once, in order."""
-
-    def __init__(self):
-        self.seen: dict[int, Compiled] = {}
-
-    def __call__(self, function, grid, threads, given) -> None:
-        self.seen[id(function)] = Compiled(function.name, function.binary, function.shared, threads[0])
-
-
-@functools.cache
-def _driver(arch: int) -> tuple[Driver, _Launches]:
-    launches = _Launches()
-    return Driver(arch, launches, "fastlm static bars"), launches
-
-
-def measured(arch: int, calls: list[Call]) -> dict[str, Kernel]:
+def measured(arch: int, calls: list[Call], backend: str = "triton") -> dict[str, Kernel]:
     """The kernels that the calls launch, by "op case dtype kernel sm_<arch>"."""
-    named = {}
+    named, launched = {}, (cuda if backend == "cuda" else compiled).launched
     for call in calls:
-        for name, compiled in launched(arch, functools.partial(_run, call)):
-            named[f"{call} {name} sm_{arch}"] = compiled
+        for name, kernel in launched(arch, functools.partial(_run, call, backend)):
+            named[f"{call} {name} sm_{arch}"] = kernel
     return dict(zip(named, described(arch, list(named.values())), strict=True))
 
 
-def launched(arch: int, run: Callable[[], None]) -> list[tuple[str, Compiled]]:
-    """(name, what was compiled) of each kernel that `run` launches; a second one of a name is "name 2"."""
-    driver, launches = _driver(arch)
-    launches.seen = {}
-    with driven_by(driver), simulated(f"sm_{arch}"):
-        run()
-    names, found = Counter(), []
-    for compiled in launches.seen.values():
-        names[compiled.name] += 1
-        number = names[compiled.name]
-        found.append((compiled.name if number == 1 else f"{compiled.name} {number}", compiled))
-    return found
-
-
-def _run(call: Call) -> None:
+def _run(call: Call, backend: str) -> None:
     inputs = call.inputs(call.dtype)
     wanted = [inputs[name] for name in cases_of(call.op)[1] if inputs.get(name) is not None]
     wanted = [t.requires_grad_() for t in wanted]
-    made = getattr(ops, call.op)(**inputs, backend="triton")
+    made = getattr(ops, call.op)(**inputs, backend=backend)
     outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t is not None and t.requires_grad]
     if outputs:
         torch.autograd.grad(outputs, wanted, [torch.empty_like(t) for t in outputs])
@@ -109,14 +68,14 @@ def _run(call: Call) -> None:
 
 def described(arch: int, kernels: list[Compiled]) -> list[Kernel]:
     """What each is."""
-    codes = {k.cubin: machine_code(k.cubin) for k in kernels}
+    codes = {(k.name, k.cubin): machine_code(k.cubin, k.name) for k in kernels}
     instructions = dict(zip(codes, disassembled(arch, list(codes.values())), strict=True))
-    return [_described(arch, k, instructions[k.cubin]) for k in kernels]
+    return [_described(arch, k, instructions[k.name, k.cubin]) for k in kernels]
 
 
-def _described(arch: int, compiled: Compiled, code: list[Instruction]) -> Kernel:
-    registers, stack = registers_and_stack(compiled.cubin)
-    held = occupancy(arch, registers, compiled.shared, compiled.threads)
+def _described(arch: int, kernel: Compiled, code: list[Instruction]) -> Kernel:
+    registers, stack = registers_and_stack(kernel.cubin)[kernel.name]
+    held = occupancy(arch, registers, kernel.shared, kernel.threads)
     reads = [_width(i) for i in code if i.root in ("LDG", "LDGSTS", "LD")]
     writes = [_width(i) for i in code if i.root in ("STG", "ST")]
     moved = sum(reads + writes)
@@ -125,8 +84,8 @@ def _described(arch: int, compiled: Compiled, code: list[Instruction]) -> Kernel
         registers=registers,
         spills=sum(i.root in _SPILLS for i in code),
         stack=stack,
-        shared=compiled.shared,
-        threads=compiled.threads,
+        shared=kernel.shared,
+        threads=kernel.threads,
         blocks=held.blocks,
         occupancy=round(100 * held.share),
         limit=held.limit,

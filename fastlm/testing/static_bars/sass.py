@@ -3,6 +3,7 @@
 Source of the instructions' names: CUDA Binary Utilities, "Instruction Set Reference".
 """
 
+import functools
 import re
 import struct
 import subprocess
@@ -15,7 +16,7 @@ import triton
 _PROCESSORS = {80: "SM80", 90: "SM90a", 100: "SM100a", 120: "SM120a"}
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 _JUMPS = ("BRA", "CALL")  # CALL.REL goes to a division's rare path, or leaves a loop
 _ENDS = ("EXIT", "RET", "KILL")
 
@@ -34,25 +35,35 @@ class Instruction(NamedTuple):
         return self.opcode.partition(".")[0]
 
 
-def machine_code(cubin: bytes) -> bytes:
-    """The section .text of a cubin's one kernel."""
+def machine_code(cubin: bytes, kernel: str) -> bytes:
+    """A kernel's section .text of a cubin."""
+    offset, size = _section(cubin, f".text.{kernel}") or (0, 0)
+    if not size:
+        raise ValueError(f"machine_code: this cubin has no kernel {kernel}")
+    return cubin[offset : offset + size]
+
+
+def static_shared(cubin: bytes, kernel: str) -> int:
+    """Bytes of shared memory that a kernel declares."""
+    return (_section(cubin, f".nv.shared.{kernel}") or (0, 0))[1]
+
+
+def _section(cubin: bytes, name: str) -> tuple[int, int] | None:
+    """(where it starts, its size) in an ELF file."""
     (sections,), (size, count, names_at) = (
         struct.unpack_from("<Q", cubin, 0x28),
         struct.unpack_from("<3H", cubin, 0x3A),
     )
     headers = [struct.unpack_from("<2I4Q2I2Q", cubin, sections + i * size) for i in range(count)]
-    names = cubin[headers[names_at][4] :]
-    found = [h for h in headers if names[h[0] :].startswith(b".text.")]
-    if len(found) != 1:
-        raise ValueError(f"machine_code: a cubin must hold one kernel, this one has {len(found)}")
-    return cubin[found[0][4] : found[0][4] + found[0][5]]
+    names, wanted = headers[names_at][4], name.encode() + b"\0"
+    return next((h[4:6] for h in headers if cubin.startswith(wanted, names + h[0])), None)
 
 
-def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack); spilled registers lie in the stack."""
+@functools.lru_cache(maxsize=16)
+def registers_and_stack(cubin: bytes) -> dict[str, tuple[int, int]]:
+    """Of each kernel (registers of a thread, bytes of its stack); spilled registers lie in the stack."""
     told = _run(triton.knobs.nvidia.cuobjdump.path, cubin, "-res-usage")
-    registers, stack = _USAGE.search(told).groups()
-    return int(registers), int(stack)
+    return {name: (int(registers), int(stack)) for name, registers, stack in _USAGE.findall(told)}
 
 
 def disassembled(arch: int, codes: list[bytes]) -> list[list[Instruction]]:
