@@ -1,4 +1,5 @@
-"""Why a change survives: each reason names the changes that it is for, and no survivor goes without one."""
+"""Why a change of a Triton kernel survives: each reason names the changes that it is for, and no survivor
+goes without one."""
 
 import re
 from typing import NamedTuple
@@ -199,9 +200,9 @@ REASONS: list[Reason] = [
 ]
 
 
-def reason_for(record: dict) -> str | None:
+def reason_for(record: dict, reasons: list[Reason] | None = None) -> str | None:
     """Why a mutant survives, or None if nobody has said."""
-    for r in REASONS:
+    for r in REASONS if reasons is None else reasons:
         patterns = ((r.kernel, "kernel"), (r.line, "line"), (r.what, "what"))
         if all(re.match(pattern, record[key]) for pattern, key in patterns):
             return r.reason

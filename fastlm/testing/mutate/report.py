@@ -2,11 +2,9 @@
 
 from collections import defaultdict
 
-import torch
-import triton
-
-from .explained import reason_for
+from . import explained, explained_cuda
 from .job import CAUGHT, EQUIVALENT, SURVIVED
+from .source import TritonKernels
 
 _NAMES = ("op", "arch", "kind", "kernel")
 _COUNTS = ("mutants", "caught", "unexplained", "equivalent")
@@ -24,8 +22,9 @@ COLUMNS = (
 )
 
 
-def report(records: list[dict]) -> dict:
+def report(records: list[dict], kernels=TritonKernels) -> dict:
     """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
+    reasons = explained.REASONS if kernels is TritonKernels else explained_cuda.REASONS
     records = _once(records)
     rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "equivalent": 0, "seconds": 0.0})
     survivors = []
@@ -38,15 +37,14 @@ def report(records: list[dict]) -> dict:
         row["mutants"] += 1
         row["caught"] += record["verdict"] == CAUGHT
         if record["verdict"] == SURVIVED:
-            reason = reason_for(record)
+            reason = explained.reason_for(record, reasons)
             row["unexplained"] += reason is None
             told = {k: record[k] for k in (*_NAMES, "where", "line", "what")}
             survivors.append(told | {"reason": reason})
     named = [dict(zip(_NAMES, key, strict=True)) | row for key, row in sorted(rows.items())]
     for row in named:
         row["seconds"] = round(row["seconds"])
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
+    return {"schema": 1, "versions": kernels.versions(), "rows": named, "survivors": survivors}
 
 
 def _once(records: list[dict]) -> list[dict]:
@@ -87,7 +85,7 @@ def _counts(mutants: int, caught: int, unexplained: int, equivalent: int) -> lis
 def markdown(found: dict) -> str:
     """The section of docs/evidence.md."""
     lines = [
-        f"Triton {found['versions']['triton']}, torch {found['versions']['torch']}; made by `make mutate`.",
+        ", ".join(f"{n} {v}" for n, v in found["versions"].items()) + "; made by `make mutate`.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "| --- | --- | --- | --- |" + " --: |" * (len(COLUMNS) - 4),
