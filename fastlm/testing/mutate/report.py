@@ -37,10 +37,11 @@ def report(records: list[dict], kernels=TritonKernels) -> dict:
         row["mutants"] += 1
         row["caught"] += record["verdict"] == CAUGHT
         if record["verdict"] == SURVIVED:
-            reason = explained.reason_for(record, reasons)
-            row["unexplained"] += reason is None
+            why = explained.explanation(record, reasons)
+            row["unexplained"] += why is None
             told = {k: record[k] for k in (*_NAMES, "where", "line", "what")}
-            survivors.append(told | {"reason": reason})
+            told |= {"reason": why.reason if why else None}
+            survivors.append(told | {"equal": True} if why and why.equal else told)
     named = [dict(zip(_NAMES, key, strict=True)) | row for key, row in sorted(rows.items())]
     for row in named:
         row["seconds"] = round(row["seconds"])
@@ -60,6 +61,11 @@ def _change(record: dict) -> tuple:
 def totals(found: dict) -> tuple[int, int, int, int]:
     """(mutants, caught, survivors without a reason, changes beside them that change nothing)."""
     return tuple(sum(row[k] for row in found["rows"]) for k in _COUNTS)
+
+
+def equal(found: dict) -> int:
+    """Survivors that no input tells from the kernel as it is, as their reasons say."""
+    return sum(s.get("equal", False) for s in found["survivors"])
 
 
 def shares(found: dict) -> list[list[str]]:
@@ -91,6 +97,10 @@ def markdown(found: dict) -> str:
         "| --- | --- | --- | --- |" + " --: |" * (len(COLUMNS) - 4),
         *(f"| {' | '.join(cells)} |" for cells in shares(found)),
     ]
+    if same := equal(found):
+        mutants, caught, _, _ = totals(found)
+        share = f"{100 * caught / (mutants - same):.1f}%"
+        lines[1:1] = ["", f"{same} survivors are equal for every input; of all others {share} are caught."]
     grouped = defaultdict(list)
     for s in found["survivors"]:
         told = f"{s['kernel']} {s['where']}: `{s['what']}` ({s['op']}, {s['arch']})"
