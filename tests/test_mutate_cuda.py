@@ -103,7 +103,6 @@ def test_what_a_kernel_does_not_reach_is_no_mutant_of_it(kernels, point):
     assert not any(file in ("layer_norm.cu", "sums.cuh") for file, _ in found)
 
 
-@pytest.mark.slow  # compiles
 def test_a_change_that_leaves_the_code_of_a_point_is_told_apart(kernels, point):
     other = one("softmax.cu", "start < n ->")  # of a row too long for a block's registers
     with kernels._alone(other, [point]) as wrong:

@@ -86,12 +86,12 @@ class CudaKernels:
 
     def never(self, launched: set[str]) -> list[str]:
         """Kernels beside those launched that nothing launches."""
-        own = {told(name) for stem in {*self._home.values()} - {"convert"} for name in self._plain(stem)}
+        own = {told(name) for stem in self._homes() if stem != "convert" for name in self._plain(stem)}
         return sorted(own - launched)
 
     def mutants(self, points: list[Point]) -> Iterator[Mutant]:
         """Every change of a comparison that the PTX of what the points launch has left in it."""
-        stems = sorted({*self._home.values()})
+        stems = self._homes()
         code = digest_of(
             *(f.read_text() for s in stems for f in (self._sources[s], *_files(cuda_build.CSRC)))
         )
@@ -131,12 +131,16 @@ class CudaKernels:
     def _alone(self, one: cuda_source.Comparison, points: list[Point]) -> Iterator[Callable]:
         """It is flipped in the source."""
         with _copied({one.file: cuda_source.flipped(one)}) as csrc:
-            made = functools.cache(lambda stem: self._compiled(stem, csrc))
-            with self._running(made):
+            affected = [s for s in self._homes() if one.file in _included(self._sources[s])]
+            texts = {s: self._plain(s) for s in self._homes()}
+            texts |= {s: self._compiled(s, csrc) for s in affected}
+            codes = {ptx.digest(text) for own in texts.values() for text in own.values()}
+            with self._running(texts.__getitem__):
                 launches = [la for p in points for la in p.launches]
-                new = {t for s in {*self._home.values()} for t in made(s).values()}
-                codes = {ptx.digest(text) for text in new}
                 yield Changed(frozenset(la.code for la in launches if la.code in codes)).wrong
+
+    def _homes(self) -> list[str]:
+        return sorted({*self._home.values()})
 
     @contextmanager
     def _running(self, text_of: Callable[[str], dict[str, bytes]]) -> Iterator[None]:
@@ -175,6 +179,13 @@ class CudaKernels:
 
 def _files(csrc: Path) -> list[Path]:
     return sorted([*(csrc / "cuda").glob("*.cuh"), *(csrc / "cuda").glob("*.cu")])
+
+
+@functools.cache
+def _included(source: Path) -> frozenset[Path]:
+    """It, and the files of csrc/cuda that it includes."""
+    names = re.findall(r'(?m)^#include "(\w+\.cuh)"', source.read_text())
+    return frozenset([source]).union(*(_included(source.parent / name) for name in names))
 
 
 def _numbers_in(binary: bytes) -> set[int]:

@@ -122,8 +122,11 @@ class Job:
     def _try(self, key: str, facts: dict, scope: list[Point], *stages) -> None:
         start = time.perf_counter()
         for stage in stages:
-            with stage() as wrong:
-                verdict, how = self._verdict(scope, wrong)
+            try:
+                with stage() as wrong:
+                    verdict, how = self._verdict(scope, wrong)
+            except Invalid as error:
+                verdict, how = INVALID, str(error)[-200:]
             if verdict == CAUGHT:
                 break
         record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how}
