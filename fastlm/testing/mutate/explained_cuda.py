@@ -17,7 +17,11 @@ _BAD_TARGET = (
 
 REASONS: list[Reason] = [
     Reason(
-        "softmax_forward_kernel", r"__syncthreads\(\);  // the call before", r"bar\.sync 0 ", _OWN_ARRAY, True
+        "(softmax_forward|row_losses|add_rows)_kernel",
+        r"__syncthreads\(\);  // the call before",
+        r"bar\.sync 0 ",
+        _OWN_ARRAY,
+        True,
     ),
     Reason("team_all", "if .lane == 0", "lane == 0", "After warp_all every lane has the same bits.", True),
     Reason(
@@ -63,5 +67,33 @@ REASONS: list[Reason] = [
     ),
     Reason(
         "row_losses_kernel", "if .at.thread == 0", "at.thread == 0", "Every thread has the same loss.", True
+    ),
+    Reason(
+        "(layer|rms)_norm_forward_kernel",
+        "if .at.thread == 0",
+        "at.thread == 0",
+        "Every thread has the same mean and rstd.",
+        True,
+    ),
+    Reason(
+        "(layer|rms)_norm_(forward|backward_long)_kernel",
+        r"for \(int64_t start",
+        r"start < a\.cols",
+        "One turn more begins where the row ends: it has no columns, and adds 0.",
+        True,
+    ),
+    Reason(
+        "row_losses_kernel",
+        r".*__syncwarp",
+        r"bar\.warp\.sync",
+        "Only where the gradient takes the logits' place does it matter, and ptxsim keeps no account of who"
+        " reads global memory: that another lane's write may come first is not seen.",
+    ),
+    Reason(
+        "cross_entropy_backward_kernel",
+        ".*a.count > 0",
+        r"\*a\.count > 0",
+        "Where no row counts, none has a gradient that this factor goes into.",
+        True,
     ),
 ]
