@@ -173,7 +173,7 @@ class CudaKernels:
         with _copied(texts) as csrc:
             header = csrc / "flips.h"
             header.write_text(cuda_source.FLIPS)
-            made_from = (cuda_source.FLIPS, *texts.values())
+            made_from = (cuda_source.FLIPS, *(texts[f] for f in sorted(_included(self._sources[stem]))))
             return _texts(self._kept(stem, "flips", "-include", header, csrc=csrc, made_from=made_from))
 
 

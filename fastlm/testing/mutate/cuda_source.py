@@ -19,6 +19,8 @@ _ENDS = ("&&", "||", "?", " :", ",", ";", "{", "}", "return", " = ", "=\n", "+="
 _NEVER = re.compile(r"static_assert|conditional_t|\brequires\b")
 _CONDITION = re.compile(r".*(#pragma unroll\n\s*for |\bconstexpr\s*)(?=\()", re.S)
 _BOUNDS = re.compile(r"__launch_bounds__\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+_COUNTING = re.compile(r"(#pragma unroll \d[^\n]*)?\n\s*for \(\w+ \w+ = ([^;]+); \w+\s$")
+_CONSTANT = re.compile(r"(?:\d+|k[A-Z]\w*|\w+::k[A-Z]\w*|[-+*/ ])+")
 _FUNCTION = re.compile(r"(?:__device__|__global__|__host__)[^;{}=]*?\b(\w+)\s*\(")
 
 # `a < Flip<7>() < b` is a < b, or a <= b where %envreg0 is 7: %envreg0 is what nobody else reads.
@@ -88,10 +90,10 @@ def comparisons(file: Path) -> tuple[Comparison, ...]:
     for start, end in _device_blocks(code):
         for match in _COMPARISON.finditer(code, start, end):
             before = code[start : match.start()]
-            if "{" not in before or _is_constant(before):
+            left, right = _left(before), _right(code[match.end() : end])
+            if "{" not in before or _is_constant(before) or _counts(before, right):
                 continue
             line = code.count("\n", 0, match.start()) + 1
-            left, right = _left(before), _right(code[match.end() : end])
             what = f"{left} {match[1]} {right} -> {left} {_FLIPPED[match[1]]} {right}"
             alike[line, what] += 1
             what += f" ({alike[line, what]})" * (alike[line, what] > 1)
@@ -152,6 +154,12 @@ def _is_constant(before: str) -> bool:
     if condition and _closing(before, condition.end(), "()") is None:
         return True
     return bool(re.search(r"\bconstexpr\b(?!\s*\()", statement))
+
+
+def _counts(before: str, bound: str) -> bool:
+    """Whether a comparison ends a loop from a constant to a constant: nvcc unrolls it without being told."""
+    begun = _COUNTING.search(before)
+    return bool(begun and not begun[1] and _CONSTANT.fullmatch(begun[2]) and _CONSTANT.fullmatch(bound))
 
 
 def _left(before: str) -> str:
