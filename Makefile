@@ -65,9 +65,9 @@ bars: setup $(VENV)/nvcc
 	  --beside tests/static_bars.json --docs docs/cuda.md $(ARGS)
 
 # Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
-# make mutate ARGS="--op layer_norm" takes minutes.
-mutate: setup
-	@$(PYTHON) -m fastlm.testing.mutate --json benchmarks/results/mutation.json $(ARGS)
+# make mutate ARGS="--op layer_norm" takes minutes; ARGS="--backend cuda": the CUDA kernels.
+mutate: setup $(VENV)/nvcc
+	@$(PYTHON) -m fastlm.testing.mutate --json benchmarks/results $(ARGS)
 
 # Everything, about half an hour: results, plots, and the table of the page. make bench ARGS=--quick: less.
 bench: setup

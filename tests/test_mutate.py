@@ -8,8 +8,8 @@ import torch
 from fastlm.testing.cases import cases_of
 from fastlm.testing.mutate import ptx, source
 from fastlm.testing.mutate.explained import REASONS, Reason, reason_for
-from fastlm.testing.mutate.job import CAUGHT, SAME, SURVIVED, Job, _Changed, groups_of
-from fastlm.testing.mutate.points import Point
+from fastlm.testing.mutate.job import CAUGHT, SURVIVED, Job, groups_of
+from fastlm.testing.mutate.points import SAME, Point
 from fastlm.testing.mutate.report import markdown, report
 from fastlm.testing.mutate.state import State
 
@@ -23,7 +23,8 @@ def point():
 
 
 def forward_group(point):
-    return next(g for g in groups_of([point]) if g.kernel == "norm_forward")
+    paths = source.TritonKernels("layer_norm", "sm_80").paths()
+    return next(g for g in groups_of([point], paths) if g.kernel == "norm_forward")
 
 
 def test_every_change_of_the_forward_kernels_barriers_is_caught(point):
@@ -56,7 +57,7 @@ def test_masks_are_changed_one_at_a_time_and_what_is_no_change_is_told_apart(poi
 
     def verdict(text):
         with source.replaced(function, text):
-            return job._verdict([point], _Changed().wrong)[0]
+            return job._verdict([point], source.Changed().wrong)[0]
 
     assert verdict(found["row < rows -> row <= rows"].text) == CAUGHT
     assert verdict(function.src.replace("col < cols", "cols > col")) in (SAME, SURVIVED)

@@ -43,4 +43,6 @@ CASES = [
     Case("extreme", lambda d: {"x": d.normal(4, 40, scale=50.0) + 1000.0, "eps": 1e-5}),
     Case("constant-rows", lambda d: {"x": torch.ones(3, 40, dtype=d.dtype), "weight": d.normal(40)}),
     Case("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype)}),
+    # A row that a block goes along in whole steps, 16 bytes an access.
+    Case("whole-steps", lambda d: affine(d, 2, 16384)),
 ]

@@ -37,4 +37,6 @@ CASES = [
     Case("tiny", lambda d: {"x": d.normal(4, 40, scale=1e-4), "weight": d.normal(40)}),
     Case("zero-rows", lambda d: {"x": torch.zeros(3, 40, dtype=d.dtype), "weight": d.normal(40)}),
     Case("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype)}),
+    # A row that a block goes along in whole steps, 16 bytes an access.
+    Case("whole-steps", lambda d: _scaled(d, 2, 16384)),
 ]

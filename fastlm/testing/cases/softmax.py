@@ -69,4 +69,9 @@ CASES = [
     Case("only-minus-infinity", lambda d: {"x": torch.full((2, 40), float("-inf"), dtype=d.dtype)}),
     Case("nan", _one_nan),
     Case("nan-at-masked", _nan_at_masked),
+    # Rows that are read 16 bytes at a time, with a mask that cannot be: strided, or beginning anywhere.
+    Case("mask-strided", lambda d: {"x": d.normal(2, 16, 24), "mask": d.booleans(24, 16).t()}),
+    Case("mask-unaligned", lambda d: {"x": d.normal(2, 9, 40), "mask": d.booleans(2, 9, 43)[..., 1:41]}),
+    # A row that a block goes along in whole steps, 16 bytes an access.
+    Case("whole-steps", lambda d: {"x": d.normal(2, 16384)}),
 ]

@@ -1,16 +1,21 @@
-"""Why a change survives: each reason names the changes that it is for, and no survivor goes without one."""
+"""Why a change of a Triton kernel survives: each reason names the changes that it is for, and no survivor
+goes without one."""
 
 import re
 from typing import NamedTuple
 
 
 class Reason(NamedTuple):
-    """Changes by patterns that match from the start: kernel's name, text of the source line, what changed."""
+    """Changes by patterns that match from the start: kernel's name, text of the source line, what changed.
+
+    equal: no input tells such a change from the kernel as it is.
+    """
 
     kernel: str
     line: str
     what: str
     reason: str
+    equal: bool = False
 
 
 _TO_WARP = r"bar\.sync 0 -> bar\.warp\.sync"
@@ -199,10 +204,16 @@ REASONS: list[Reason] = [
 ]
 
 
-def reason_for(record: dict) -> str | None:
-    """Why a mutant survives, or None if nobody has said."""
-    for r in REASONS:
+def explanation(record: dict, reasons: list[Reason]) -> Reason | None:
+    """The one of these that a mutant matches, or None."""
+    for r in reasons:
         patterns = ((r.kernel, "kernel"), (r.line, "line"), (r.what, "what"))
         if all(re.match(pattern, record[key]) for pattern, key in patterns):
-            return r.reason
+            return r
     return None
+
+
+def reason_for(record: dict) -> str | None:
+    """Why a mutant of a Triton kernel survives, or None if nobody has said."""
+    found = explanation(record, REASONS)
+    return found.reason if found else None

@@ -1,39 +1,51 @@
 """Tries every change of an op's kernels on its cases, and notes which case catches it first."""
 
-import hashlib
 import linecache
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import triton
 
-from . import ptx, source
-from .points import ALIKE, Invalid, Launch, Point, points_of
+from . import ptx
+from .points import ALIKE, SAME, Invalid, Launch, Point, points_of
+from .source import TritonKernels, digest_of
 from .state import State
 
 KINDS = ("ptx", "source")
-CAUGHT, SURVIVED, SAME, INVALID = "caught", "survived", "same code", "invalid"
+CAUGHT, SURVIVED, INVALID = "caught", "survived", "invalid"
 EQUIVALENT = (SAME, ALIKE)  # no change of what the kernel does: not counted as mutants
 
 
 class Job:
-    """One op on one architecture.
+    """One op on one architecture. kernels: TritonKernels or CudaKernels.
 
     again: survivors of an earlier run are tried again. every: each case in every dtype. apart: variants of a
     kernel are changed each by itself where their statements differ.
     """
 
-    def __init__(self, op: str, arch: str, state: State, say: Callable[[str], None], **flags: bool):
+    def __init__(
+        self,
+        op: str,
+        arch: str,
+        state: State,
+        say: Callable[[str], None],
+        kernels=TritonKernels,
+        **flags: bool,
+    ):
         self.op, self.arch, self.state, self.say = op, arch, state, say
+        self.kernels = kernels(op, arch)
         self.again, self.every, self.apart = (flags.get(n, False) for n in ("again", "every", "apart"))
         self.points: list[Point] = []
         self._catchers: list[Point] = []  # the last one first
 
     def prepare(self, cases: list[str] | None = None) -> None:
         """Runs every case, or these, on the kernels as they are."""
-        for point in points_of(self.op, self.arch, self.every, cases):
+        backend = self.kernels.name, self.kernels.program
+        for point in points_of(self.op, self.arch, self.every, cases, *backend):
             try:
                 wrong = point.baseline()
             except Invalid as error:
@@ -57,19 +69,20 @@ class Job:
     # PTX
 
     def _ptx(self) -> set[str]:
-        return {key for group in groups_of(self.points, self.apart) for key in self._group(group)}
+        groups = groups_of(self.points, self.kernels.paths(), self.apart)
+        return {key for group in groups for key in self._group(group)}
 
     def _group(self, group: "Group") -> set[str]:
         keys = set()
         for at, site in group.sites.items():
             scope = [p for p in group.points if any(at in group.own(launch) for launch in p.launches)]
             for change in ptx.changes(site):
-                key = _digest(self.op, self.arch, group.kernel, *sorted(group.variants), at, change.what)
+                key = digest_of(self.op, self.arch, group.kernel, *sorted(group.variants), at, change.what)
                 facts = {"kind": "ptx", "kernel": group.kernel, "what": change.what}
                 facts |= {"where": site.source, "line": group.line(site.source)}
                 keys.add(key)
                 if not self._known(key, facts, scope):
-                    self._try(key, facts, scope, lambda p, a=at, c=change: p.rewritten(group.rewrite(a, c)))
+                    self._try(key, facts, scope, partial(_rewriting, group.rewrite(at, change)))
         return keys
 
     # Source
@@ -79,23 +92,15 @@ class Job:
         return {launch.kernel for p in self.points for launch in p.launches}
 
     def _source(self) -> set[str]:
-        keys, points = set(), self.points
-        kernels = self.launched()
-        launched = [f for f in source.functions() if f.__name__ in kernels]
-        called = {id(f): f for k in launched for f in source.called_by(k)}
-        code = _digest(*sorted(f.src for f in called.values()))
-        for function in called.values():
-            callers = {k.__name__ for k in launched if any(f is function for f in source.called_by(k))}
-            scope = [p for p in points if any(launch.kernel in callers for launch in p.launches)]
-            for change in source.changes(function):
-                key = _digest(self.op, self.arch, code, function.__name__, change.text)
-                name = Path(function.file_name).name
-                facts = {"kind": "source", "kernel": function.__name__, "what": change.what}
-                facts |= {"where": f"{name}:{change.line}", "line": _line(function.file_name, change.line)}
-                keys.add(key)
-                if not self._known(key, facts, scope) and not self._caught_elsewhere(facts):
-                    with source.replaced(function, change.text):
-                        self._try(key, facts, scope, _Changed().wrong)
+        keys = set()
+        for mutant in self.kernels.mutants(self.points):
+            key = digest_of(self.op, self.arch, *mutant.key)
+            facts = {"kind": "source", "kernel": mutant.function, "what": mutant.what}
+            facts |= {"where": f"{Path(mutant.file).name}:{mutant.line}"}
+            facts |= {"line": _line(mutant.file, mutant.line)}
+            keys.add(key)
+            if not self._known(key, facts, mutant.scope) and not self._caught_elsewhere(facts):
+                self._try(key, facts, mutant.scope, *mutant.stages)
         return keys
 
     def _caught_elsewhere(self, facts: dict) -> bool:
@@ -114,9 +119,16 @@ class Job:
         self.state.add(key, known | facts)
         return True
 
-    def _try(self, key: str, facts: dict, scope: list[Point], wrong: Callable[[Point], str | None]) -> None:
+    def _try(self, key: str, facts: dict, scope: list[Point], *stages) -> None:
         start = time.perf_counter()
-        verdict, how = self._verdict(scope, wrong)
+        for stage in stages:
+            try:
+                with stage() as wrong:
+                    verdict, how = self._verdict(scope, wrong)
+            except Invalid as error:
+                verdict, how = INVALID, str(error)[-200:]
+            if verdict == CAUGHT:
+                break
         record = {"op": self.op, "arch": self.arch, **facts, "verdict": verdict, "how": how}
         record |= {"points": _names(scope), "seconds": round(time.perf_counter() - start, 2)}
         self.state.add(key, record)
@@ -184,9 +196,11 @@ class Group:
         return rewritten
 
 
-def groups_of(points: Iterable[Point], apart: bool = False) -> list[Group]:
-    """Every kernel that was launched, with its variants; apart: those together that have the same sites."""
-    paths = {Path(f.file_name).name: f.file_name for f in source.functions()}
+def groups_of(points: Iterable[Point], paths: dict[str, str], apart: bool = False) -> list[Group]:
+    """Every kernel that was launched, with its variants; apart: those together that have the same sites.
+
+    paths: the files of kernels by their names.
+    """
     ours, groups = frozenset(paths), {}
     for point in points:
         for launch in point.launches:
@@ -196,32 +210,14 @@ def groups_of(points: Iterable[Point], apart: bool = False) -> list[Group]:
     return list(groups.values())
 
 
-class _Changed:
-    """One change of the source, which has been made, tried on one point after another."""
-
-    def __init__(self):
-        self._same: set[str] = set()  # codes that the change leaves as they are
-
-    def wrong(self, point: Point) -> str | None:
-        """What is wrong, None if nothing, SAME if the change makes no difference to this point's code."""
-        codes = [launch.code for launch in point.launches]
-        if all(code in self._same for code in codes):
-            return SAME
-        launches, found = point.ran()
-        if found is not None:
-            return found
-        changed = [launch.code for launch in launches]
-        self._same |= {a for a, b in zip(codes, changed, strict=False) if a == b}
-        return SAME if changed == codes else None
+@contextmanager
+def _rewriting(rewrite) -> Iterator[Callable[[Point], str | None]]:
+    yield lambda point: point.rewritten(rewrite)
 
 
 def _names(points: list[Point]) -> str:
-    return _digest(*sorted(p.name for p in points))
+    return digest_of(*sorted(p.name for p in points))
 
 
 def _line(file: str, number: int) -> str:
     return linecache.getline(file, number).strip() if file else ""
-
-
-def _digest(*parts) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]

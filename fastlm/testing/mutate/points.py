@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from ..compare import verdicts
 from ..ptxsim.order import Order
 from . import ptx
 
-ALIKE = "ordered alike"
+ALIKE, SAME = "ordered alike", "same code"  # changes that change nothing
+Program = Callable[[str, bytes], tuple[str, bytes]]
 
 
 class Launch(NamedTuple):
@@ -34,14 +35,23 @@ class Invalid(Exception):
 
 
 class Point:
-    """One case of an op in one dtype.
+    """One case of an op in one dtype on a backend.
 
-    launches: what it launched unchanged. seconds: what it then took; order: digest of what ordered their
-    accesses. draws: of the case's inputs.
+    program: from a launched kernel's name and PTX to its name for people and the PTX to run. launches: what
+    it launched unchanged. seconds: what it then took; order: digest of what ordered their accesses. draws: of
+    the case's inputs.
     """
 
-    def __init__(self, op: str, case: Case, dtype: torch.dtype, arch: str):
-        self.op, self.arch, self.dtype = op, arch, dtype
+    def __init__(
+        self,
+        op: str,
+        case: Case,
+        dtype: torch.dtype,
+        arch: str,
+        backend: str = "triton",
+        program: Program = lambda kernel, binary: (kernel, binary),
+    ):
+        self.op, self.arch, self.dtype, self.backend, self._program = op, arch, dtype, backend, program
         self.name = f"{case.name}-{str(dtype).removeprefix('torch.')}"
         self.case, self.draws = case, [case.inputs(Draw(SEEDS[0], dtype))]
         self.launches: list[Launch] = []
@@ -50,7 +60,7 @@ class Point:
     def refused(self) -> bool:
         """Whether the op refuses it: then the test asserts only that it does."""
         with ptxsim.device(self.arch):
-            return fastlm.explain(self.op, **self.draws[0]).reasons["triton"] is not None
+            return fastlm.explain(self.op, **self.draws[0]).reasons[self.backend] is not None
 
     def baseline(self) -> str | None:
         """Notes what the unchanged kernels do; returns what is wrong with them, or None."""
@@ -81,12 +91,14 @@ class Point:
         launches, order = [], Order()
 
         def seen(kernel: str, binary: bytes) -> bytes:
+            kernel, binary = self._program(kernel, binary)
             launches.append(Launch(kernel, ptx.digest(binary), binary))
             return binary if rewrite is None else rewrite(kernel, binary)
 
         try:
             with ptxsim.device(self.arch, rewrite=seen, order=order), _at_most(120 + 20 * self.seconds):
-                found = verdicts(getattr(ops, self.op), self.draws, cases_of(self.op)[1], backend="triton")
+                function, differentiable = getattr(ops, self.op), cases_of(self.op)[1]
+                found = verdicts(function, self.draws, differentiable, backend=self.backend)
         except ptxsim.UnknownInstruction as error:
             raise Invalid(str(error)) from error
         except Exception as error:
@@ -113,17 +125,24 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def points_of(op: str, arch: str, every: bool = False, cases: list[str] | None = None) -> Iterator[Point]:
+def points_of(
+    op: str,
+    arch: str,
+    every: bool = False,
+    cases: list[str] | None = None,
+    backend="triton",
+    *program: Program,
+) -> Iterator[Point]:
     """Those that are not refused: on sm_80 each case in one dtype, in turn; on the others in bfloat16.
 
     every: in every dtype. cases: names of the only ones wanted.
     """
-    for n, case in enumerate(cases_of(op)[0]):
+    for n, case in enumerate(cases_of(op, backend)[0]):
         if cases and case.name not in cases:
             continue
         dtypes = case.dtypes if every else case.dtypes[n % len(case.dtypes) :][:1]
         for dtype in dtypes if arch == "sm_80" else case.dtypes:
             if arch == "sm_80" or dtype == torch.bfloat16:
-                point = Point(op, case, dtype, arch)
+                point = Point(op, case, dtype, arch, backend, *program)
                 if not point.refused():
                     yield point

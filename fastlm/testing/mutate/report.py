@@ -2,11 +2,9 @@
 
 from collections import defaultdict
 
-import torch
-import triton
-
-from .explained import reason_for
+from . import explained, explained_cuda
 from .job import CAUGHT, EQUIVALENT, SURVIVED
+from .source import TritonKernels
 
 _NAMES = ("op", "arch", "kind", "kernel")
 _COUNTS = ("mutants", "caught", "unexplained", "equivalent")
@@ -24,8 +22,9 @@ COLUMNS = (
 )
 
 
-def report(records: list[dict]) -> dict:
+def report(records: list[dict], kernels=TritonKernels) -> dict:
     """Content of the results file: {"schema", "versions", "rows", "survivors"}."""
+    reasons = explained.REASONS if kernels is TritonKernels else explained_cuda.REASONS
     records = _once(records)
     rows = defaultdict(lambda: {"mutants": 0, "caught": 0, "unexplained": 0, "equivalent": 0, "seconds": 0.0})
     survivors = []
@@ -38,15 +37,15 @@ def report(records: list[dict]) -> dict:
         row["mutants"] += 1
         row["caught"] += record["verdict"] == CAUGHT
         if record["verdict"] == SURVIVED:
-            reason = reason_for(record)
-            row["unexplained"] += reason is None
+            why = explained.explanation(record, reasons)
+            row["unexplained"] += why is None
             told = {k: record[k] for k in (*_NAMES, "where", "line", "what")}
-            survivors.append(told | {"reason": reason})
+            told |= {"reason": why.reason if why else None}
+            survivors.append(told | {"equal": True} if why and why.equal else told)
     named = [dict(zip(_NAMES, key, strict=True)) | row for key, row in sorted(rows.items())]
     for row in named:
         row["seconds"] = round(row["seconds"])
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    return {"schema": 1, "versions": versions, "rows": named, "survivors": survivors}
+    return {"schema": 1, "versions": kernels.versions(), "rows": named, "survivors": survivors}
 
 
 def _once(records: list[dict]) -> list[dict]:
@@ -62,6 +61,11 @@ def _change(record: dict) -> tuple:
 def totals(found: dict) -> tuple[int, int, int, int]:
     """(mutants, caught, survivors without a reason, changes beside them that change nothing)."""
     return tuple(sum(row[k] for row in found["rows"]) for k in _COUNTS)
+
+
+def equal(found: dict) -> int:
+    """Survivors that no input tells from the kernel as it is, as their reasons say."""
+    return sum(s.get("equal", False) for s in found["survivors"])
 
 
 def shares(found: dict) -> list[list[str]]:
@@ -87,12 +91,16 @@ def _counts(mutants: int, caught: int, unexplained: int, equivalent: int) -> lis
 def markdown(found: dict) -> str:
     """The section of docs/evidence.md."""
     lines = [
-        f"Triton {found['versions']['triton']}, torch {found['versions']['torch']}; made by `make mutate`.",
+        ", ".join(f"{n} {v}" for n, v in found["versions"].items()) + "; made by `make mutate`.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "| --- | --- | --- | --- |" + " --: |" * (len(COLUMNS) - 4),
         *(f"| {' | '.join(cells)} |" for cells in shares(found)),
     ]
+    if same := equal(found):
+        mutants, caught, _, _ = totals(found)
+        share = f"{100 * caught / (mutants - same):.1f}%"
+        lines[1:1] = ["", f"{same} survivors are equal for every input; of all others {share} are caught."]
     grouped = defaultdict(list)
     for s in found["survivors"]:
         told = f"{s['kernel']} {s['where']}: `{s['what']}` ({s['op']}, {s['arch']})"

@@ -2,13 +2,20 @@
 
 import ast
 import copy
+import functools
+import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import triton
 from triton.runtime.jit import JITFunction
+
+from .points import SAME, Point
 
 _FLIPPED = {
     ast.Lt: ast.LtE,
@@ -36,6 +43,99 @@ def functions(package: str = "fastlm_triton") -> list[JITFunction]:
         if name == package or name.startswith(f"{package}."):
             found |= {id(f): f for f in vars(module).values() if isinstance(f, JITFunction)}
     return [f for f in found.values() if f.module.partition(".")[0] == package.partition(".")[0]]
+
+
+class Mutant(NamedTuple):
+    """One change of a kernel's source, however it is made.
+
+    function, file, line, what: where it is, and in words. key: what it depends on. scope: points that it may
+    make a difference to. stages: each makes it and gives Point -> what is wrong; what survives one meets the
+    next.
+    """
+
+    function: str
+    file: str
+    line: int
+    what: str
+    key: tuple
+    scope: list[Point]
+    stages: list[Callable[[], AbstractContextManager[Callable[[Point], str | None]]]]
+
+
+class TritonKernels:
+    """What job.py asks about one op's kernels of a backend: here Triton's."""
+
+    name = "triton"
+
+    def __init__(self, op: str, arch: str):
+        pass
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """What the results depend on."""
+        return {"triton": triton.__version__, "torch": torch.__version__}
+
+    def program(self, kernel: str, binary: bytes) -> tuple[str, bytes]:
+        """A launched kernel's name, and the PTX to run: as they are."""
+        return kernel, binary
+
+    def paths(self) -> dict[str, str]:
+        """The files that hold kernels, by their names."""
+        return {Path(f.file_name).name: f.file_name for f in functions()}
+
+    def mutants(self, points: list[Point]) -> Iterator[Mutant]:
+        """Every change of the source of what the points launch."""
+        kernels = {launch.kernel for p in points for launch in p.launches}
+        launched = [f for f in functions() if f.__name__ in kernels]
+        called = {id(f): f for k in launched for f in called_by(k)}
+        code = digest_of(*sorted(f.src for f in called.values()))
+        for function in called.values():
+            callers = {k.__name__ for k in launched if any(f is function for f in called_by(k))}
+            scope = [p for p in points if any(launch.kernel in callers for launch in p.launches)]
+            for change in changes(function):
+                key = (code, function.__name__, change.text)
+                place = (function.__name__, function.file_name, change.line, change.what)
+                yield Mutant(*place, key, scope, [functools.partial(_changed, function, change.text)])
+
+    def never(self, launched: set[str]) -> list[str]:
+        """Functions beside those launched that nothing launches or calls."""
+        used = [c for f in functions() if f.__name__ in launched for c in called_by(f)]
+        modules = {f.module for f in functions() if f.__name__ in launched}
+        beside = [f for f in functions() if f.module in modules and not any(f is u for u in used)]
+        return [f"{f.module.rpartition('.')[2]}.{f.__name__}" for f in beside]
+
+
+class Changed:
+    """One change of the source, which has been made, tried on one point after another.
+
+    same: codes that the change leaves as they are.
+    """
+
+    def __init__(self, same: frozenset[str] = frozenset()):
+        self._same: set[str] = set(same)
+
+    def wrong(self, point: Point) -> str | None:
+        """What is wrong, None if nothing, SAME if the change makes no difference to this point's code."""
+        codes = [launch.code for launch in point.launches]
+        if all(code in self._same for code in codes):
+            return SAME
+        launches, found = point.ran()
+        if found is not None:
+            return found
+        changed = [launch.code for launch in launches]
+        self._same |= {a for a, b in zip(codes, changed, strict=False) if a == b}
+        return SAME if changed == codes else None
+
+
+@contextmanager
+def _changed(function: JITFunction, text: str) -> Iterator[Callable[[Point], str | None]]:
+    with replaced(function, text):
+        yield Changed().wrong
+
+
+def digest_of(*parts) -> str:
+    """A short hash of their words."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
 
 
 _called: dict[int, list[JITFunction]] = {}

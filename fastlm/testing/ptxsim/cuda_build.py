@@ -72,8 +72,11 @@ def _place(name: str, made_from: list) -> Path:
     return _BUILD / f"{stem}-{key.hexdigest()[:16]}.{suffix}"
 
 
-def _kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
-    """The file at that place: made by make(where) unless it is there."""
+def kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
+    """build/cuda_model/<name>, with a hash in its name of all that it is made from: files, and words.
+
+    Made by make(where) unless it is there.
+    """
     target = _place(name, made_from)
     if not target.exists():
         _BUILD.mkdir(parents=True, exist_ok=True)
@@ -92,12 +95,14 @@ def _nvcc(*arguments) -> None:
     subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def to_ptx(source: Path, arch: str, to: Path, *flags, headers: Path = CSRC) -> None:
+    """Compiles a .cu to PTX. headers: the csrc that it includes."""
+    _nvcc(f"-arch={arch.replace('sm_', 'compute_')}", *flags, "-I", headers, "-ptx", source, "-o", to)
+
+
 def ptx(source: Path, arch: str) -> Path:
     """A .cu's PTX for an architecture such as "sm_90a"."""
-    target = f"-arch={arch.replace('sm_', 'compute_')}"
-    return _kept(
-        f"{source.stem}.{arch}.ptx", [source], lambda to: _nvcc(target, "-I", CSRC, "-ptx", source, "-o", to)
-    )
+    return kept(f"{source.stem}.{arch}.ptx", [source], lambda to: to_ptx(source, arch, to))
 
 
 def cubin(source: Path, arch: str) -> Path:
@@ -118,7 +123,11 @@ def release() -> str:
 @functools.lru_cache(maxsize=64)
 def kernels(source: Path, arch: str) -> dict[str, bytes]:
     """Each kernel of a .cu by its name: PTX of its own, with what it declares of shared memory."""
-    text = ptx(source, arch).read_text()
+    return split(ptx(source, arch).read_text())
+
+
+def split(text: str) -> dict[str, bytes]:
+    """The kernels of a .cu's PTX."""
     starts = [*_ENTRY.finditer(text)]
     ends = [m.start() for m in starts[1:]] + [len(text)]
     head, found = text[: starts[0].start()] if starts else "", {}
@@ -146,11 +155,11 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
             # what ptx() would compile once more, in 7 s
             os.replace(to.parent / f"{source.stem}.ptx", _place(f"{source.stem}.sm_80.ptx", [source]))
 
-        return _kept(f"{source.stem}.cu.o", [source], make)
+        return kept(f"{source.stem}.cu.o", [source], make)
 
     def binding(source: Path) -> Path:
         flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED", "-c", source]
-        return _kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().toolchain.run(flags, to))
+        return kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().toolchain.run(flags, to))
 
     def link(to: Path) -> None:
         linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
@@ -160,7 +169,7 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
         jobs = [pool.submit(host, f) for f in cuda]
         jobs += [pool.submit(binding, f) for f in (*bindings, *simulated)]
         objects = [job.result() for job in jobs]
-        return _kept("model.so", [f.name for f in objects], link)
+        return kept("model.so", [f.name for f in objects], link)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,12 @@ class Registers:
 
 
 class Machine:
-    """One batch of blocks of a launch; the compiled code calls it for all that is not arithmetic."""
+    """One batch of blocks of a launch; the compiled code calls it for all that is not arithmetic.
+
+    environment: what %envreg0 holds, which the PTX ISA leaves to the driver.
+    """
+
+    environment = 0
 
     def __init__(
         self,
@@ -135,6 +140,8 @@ class Machine:
             return np.array([(self.threads if root == "ntid" else self.grid)[axis]], np.uint32)
         if root in ("laneid", "warpid"):
             return (self.thread % 32 if root == "laneid" else self.thread // 32).astype(np.uint32)
+        if root == "envreg0":
+            return np.array([self.environment], np.uint32)
         raise NotImplementedError(f"ptxsim: special register %{name}")
 
     def parameter(self, base: np.ndarray, offset: int, kind) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""Why a change of a CUDA kernel survives, as in explained.py."""
+
+from .explained import Reason
+
+_OWN_ARRAY = (
+    "Each sort of sum, and the maximum, has shared memory of its own, and is taken once: no call before it"
+    " may still read."
+)
+_BAD_PLACE = (
+    "No case can have a length or a page outside the cache: check() refuses it on CPU tensors. On the"
+    " simulator tests/test_cuda_decode.py has such ones, and catches this."
+)
+_BAD_TARGET = (
+    "No case can have a target that is no class: check() refuses it on CPU tensors. On the simulator"
+    " tests/test_cuda_kernels.py has such ones, and catches this."
+)
+
+REASONS: list[Reason] = [
+    Reason(
+        "(softmax_forward|row_losses|add_rows)_kernel",
+        r"__syncthreads\(\);  // the call before",
+        r"bar\.sync 0 ",
+        _OWN_ARRAY,
+        True,
+    ),
+    Reason("team_all", "if .lane == 0", "lane == 0", "After warp_all every lane has the same bits.", True),
+    Reason(
+        "softmax_(forward|backward)_kernel",
+        r"for \(int64_t start",
+        r"start < (n|a\.cols)",
+        "One turn more begins where the row ends: it has no columns, and adds exp(-inf) = 0.",
+        True,
+    ),
+    Reason(
+        "gradients",
+        r"if \(col \+ k < n\)",
+        r"col \+ k < n",
+        "The first excluded y is 0: only a gradient of NaN or infinity there shows."
+        " tests/test_cuda_kernels.py has one, and catches this.",
+    ),
+    Reason("Normal|Sigmoid", "distribution|value", "z < 0", "Of 0 both sides are 1/2, to 6e-8.", True),
+    Reason("value", r".*z <= 0", "z <= 0", "relu(0) is 0 on both sides, of whatever sign.", True),
+    Reason(
+        "quantise",
+        "const bool usable",
+        "scale ",
+        "0 / 0 and x / inf become 0 as well: NaN converted to an integer is 0, and x / inf rounds to it.",
+        True,
+    ),
+    Reason("quantise_row", "if .threadIdx.x", "threadIdx.x % 32", "Every lane has the same scales.", True),
+    Reason("append_kv_kernel", "if .position < 0", "position >= capacity", _BAD_PLACE),
+    Reason("exists", "return page", "page < pages", _BAD_PLACE),
+    Reason("is_used", "return target", "target < in.cols", _BAD_TARGET),
+    Reason(
+        "RowGradient|loss_of",
+        ".*in.z_loss > 0",
+        "in.z_loss > 0",
+        "Of a z_loss of 0 both sides are the same, or NaN where lse is infinite and the loss is NaN already.",
+        True,
+    ),
+    Reason(
+        "row_losses_kernel|store_gradient",
+        r"for \(int64_t start",
+        "start < in.cols",
+        "One turn more begins where the row ends: it has no columns, and adds exp(-inf) = 0.",
+        True,
+    ),
+    Reason(
+        "row_losses_kernel", "if .at.thread == 0", "at.thread == 0", "Every thread has the same loss.", True
+    ),
+    Reason(
+        "(layer|rms)_norm_forward_kernel",
+        "if .at.thread == 0",
+        "at.thread == 0",
+        "Every thread has the same mean and rstd.",
+        True,
+    ),
+    Reason(
+        "(layer|rms)_norm_(forward|backward_long)_kernel",
+        r"for \(int64_t start",
+        r"start < a\.cols",
+        "One turn more begins where the row ends: it has no columns, and adds 0.",
+        True,
+    ),
+    Reason(
+        "row_losses_kernel",
+        r".*__syncwarp",
+        r"bar\.warp\.sync",
+        "Only where the gradient takes the logits' place does it matter, and ptxsim keeps no account of who"
+        " reads global memory: that another lane's write may come first is not seen.",
+    ),
+    Reason(
+        "cross_entropy_backward_kernel",
+        ".*a.count > 0",
+        r"\*a\.count > 0",
+        "Where no row counts, none has a gradient that this factor goes into.",
+        True,
+    ),
+]
