@@ -107,7 +107,7 @@ def ptx(source: Path, arch: str) -> Path:
 
 def cubin(source: Path, arch: str) -> Path:
     """A .cu's machine code for an architecture such as "sm_90", as ptxas makes it from that PTX."""
-    return _kept(
+    return kept(
         f"{source.stem}.{arch}.cubin",
         [source],
         lambda to: _nvcc(f"-arch={arch}", "-cubin", ptx(source, arch), "-o", to),
