@@ -115,30 +115,20 @@ def library(torch_folder: Path, versions: tuple[str, str], codes: list[str], tar
     """Builds fastlm._cuda. versions: torch's and its CUDA's; codes: architectures(). Raises: CannotBuild."""
     torch_version, torch_cuda = versions
     compile_cuda = compiler(torch_cuda)
-    toolkit, objects = (
-        _toolkit(compile_cuda),
-        toolchain.objects_folder(torch_version, compile_cuda, GPU_FLAGS),
-    )
-    host = f"{toolchain.binding_flags(torch_folder)} -isystem{toolkit}/include -DFASTLM_GPU -DFASTLM_CUDA"
+    toolkit, kept = _toolkit(compile_cuda), toolchain.objects_folder(torch_version, compile_cuda, GPU_FLAGS)
+    of_codes = kept / "_".join(re.sub(r".*code=", "", c).strip("[]").replace(",", "_") for c in codes)
+    as_host = f"{toolchain.binding_flags(torch_folder)} -isystem{toolkit}/include -DFASTLM_GPU -DFASTLM_CUDA"
+    as_device = [compile_cuda, *GPU_FLAGS, *codes, "-ccbin", toolchain.CXX]
+    as_device += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     kernels, bindings = sources()
-    device = [
-        compile_cuda,
-        *GPU_FLAGS,
-        *codes,
-        "-ccbin",
-        toolchain.CXX,
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-    ]
-    folder = objects / "_".join(re.sub(r".*code=", "", c).strip("[]").replace(",", "_") for c in codes)
-    # The longest first: attention's two take half of the time.
-    kernels.sort(key=lambda f: f.stat().st_size, reverse=True)
+    kernels.sort(key=lambda f: f.stat().st_size, reverse=True)  # first what takes longest
     with ThreadPoolExecutor(jobs()) as pool:
-        work = [pool.submit(toolchain.made, f, folder / f"{f.stem}.cu.o", device) for f in kernels]
-        work += [pool.submit(toolchain.compiled, f, objects / "cuda" / f"{f.stem}.o", host) for f in bindings]
-    runtime = [f"-L{place}" for place in _runtime_folders(torch_folder, toolkit)]
+        work = [pool.submit(toolchain.made, f, of_codes / f"{f.stem}.cu.o", as_device) for f in kernels]
+        work += [pool.submit(toolchain.compiled, f, kept / "cuda" / f"{f.stem}.o", as_host) for f in bindings]
     linked = ["-Wl,-Bsymbolic", f"-L{torch_folder}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda"]
-    name = f"-l:libcudart.so.{torch_cuda.split('.')[0]}"
-    return toolchain.run(["-shared", *(w.result() for w in work), *linked, *runtime, name], target)
+    linked += [f"-L{folder}" for folder in _runtime_folders(torch_folder, toolkit)]
+    linked += [f"-l:libcudart.so.{torch_cuda.split('.')[0]}"]
+    return toolchain.run(["-shared", *(w.result() for w in work), *linked], target)
 
 
 def _runtime_folders(torch_folder: Path, toolkit: Path) -> list[Path]:
