@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlm.testing.cases import cases_of
-from fastlm.testing.mutate import ptx, source
+from fastlm.testing.mutate import explained_cuda, ptx, source
 from fastlm.testing.mutate.explained import REASONS, Reason, reason_for
 from fastlm.testing.mutate.job import CAUGHT, SURVIVED, Job, groups_of
 from fastlm.testing.mutate.points import SAME, Point
@@ -90,7 +90,8 @@ def test_survivors_need_a_reason(monkeypatch):
 
 
 def test_reasons_are_sentences():
-    assert all(len(r.reason.split()) > 4 and r.reason.endswith(".") for r in REASONS)
+    every = REASONS + explained_cuda.REASONS
+    assert all(len(r.reason.split()) > 4 and r.reason.endswith(".") for r in every)
 
 
 def test_a_change_of_the_source_that_ops_share_is_tried_and_counted_once(tmp_path):

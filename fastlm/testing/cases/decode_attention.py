@@ -156,6 +156,16 @@ def _everything(d):
     return paged(d, inputs | {"alibi_slopes": slopes}, 48)
 
 
+def _rising_halves(d):
+    """Of 16 rows of a kv head eight meet ever higher scores, and eight never one above their first."""
+    inputs = _make(d, 16, 1, 200, 16, (200, 200), kv_heads=1)
+    rises = torch.arange(16) < 8
+    signs = torch.where(torch.stack([rises, ~rises]), 0.25, -0.25)
+    inputs["q"] = signs[:, :, None, None].expand(2, 16, 1, 16).to(d.dtype)
+    inputs["k_cache"] = (torch.arange(200) * 0.02)[:, None].expand(2, 1, 200, 16).to(d.dtype)
+    return inputs
+
+
 CASES = [
     Case("plain", _case(4, 1, 48, 16, (48, 9))),
     Case("odd", _odd),
@@ -198,4 +208,5 @@ CASES = [
     Case("extreme", _extreme),
     Case("nan-query", _nan_query),
     Case("everything", _everything),
+    Case("rising-halves", _rising_halves),
 ]

@@ -96,4 +96,57 @@ REASONS: list[Reason] = [
         "Where no row counts, none has a gradient that this factor goes into.",
         True,
     ),
+    Reason(
+        "reach_of",
+        "const int64_t first",
+        r"a\.left < 0",
+        "Of a window of the own key alone this reads all keys before it, and range_of hides them.",
+    ),
+    Reason(
+        "reach_of|range_of", ".*a.left >= ", r"a\.left >= ", "Where they are equal both sides are 0.", True
+    ),
+    Reason(
+        "row_of",
+        "return ",
+        r"r < d\.cut\.rows",
+        "Row `rows` is the last one once more: the same values go to the same place.",
+        True,
+    ),
+    Reason("gather", "if .lane % 4 == 0", "lane % 4", "The four lanes of a row have the same bits.", True),
+    Reason(
+        "store_rows", "if .threadIdx", "threadIdx.x % 4", "The four lanes of a row have the same lse.", True
+    ),
+    Reason("gather", r"for \(int w = 0", "w < warps", "No warp has that turn: a barrier more.", True),
+    Reason(
+        "gather", "if .w == warp", r"w \+ 1 < warps", "The last warp leaves sums that nobody takes.", True
+    ),
+    Reason(
+        "gather",
+        ".*highest = fmaxf",
+        "w < kWarps",
+        "What stands behind the maxima in shared memory is a sum of weights: any number above the maximum"
+        " serves as the shift, up to some 90 above. No case has a warp sum up as many equal scores.",
+    ),
+    Reason(
+        "decode_attention_kernel",
+        "if .cut.parts > 1",
+        "begin >= end",
+        "Of no keys a part writes a weight of 0, where the merge does not look.",
+        True,
+    ),
+    Reason(
+        "decode_attention_kernel",
+        r"for \(uint32_t start",
+        "start < end",
+        "One step more begins behind the last key: it reads none, and every weight is 0.",
+        True,
+    ),
+    Reason(
+        "decode_merge_kernel",
+        "if .col < a.value_dim. out",
+        r"col < a\.value_dim",
+        "What is read beside a row, within the same buffer, is not stored.",
+        True,
+    ),
+    Reason("decode_merge_kernel", "if .col == 0", "col == 0", "Every thread has the same lse.", True),
 ]
