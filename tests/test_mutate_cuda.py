@@ -79,7 +79,7 @@ def test_a_barrier_is_told_by_its_line_and_its_loss_is_caught(kernels, point):
     for at, site in group.sites.items():
         for change in ptx.changes(site):
             verdicts.append(point.rewritten(group.rewrite(at, change)))
-    assert sum("race" in str(v) for v in verdicts) == 4  # the barrier before each of_warps is read
+    assert verdicts and all("race" in str(v) for v in verdicts)  # of_warps is read behind each
 
 
 def one(file, words):
@@ -90,7 +90,7 @@ def one(file, words):
 @pytest.mark.slow  # compiles
 def test_a_flip_behind_its_number_and_one_in_the_source_are_both_caught(kernels, point):
     mutants = {(m.line, m.what): m for m in kernels.mutants([point])}
-    wanted = one("softmax.cu", "sum == 0 ->")
+    wanted = one("softmax.cu", "total == 0 ->")
     for stage in mutants[wanted.line, wanted.what].stages:
         with stage() as wrong:
             assert wrong(point) is not None
@@ -99,7 +99,7 @@ def test_a_flip_behind_its_number_and_one_in_the_source_are_both_caught(kernels,
 
 def test_what_a_kernel_does_not_reach_is_no_mutant_of_it(kernels, point):
     found = {(m.file.rpartition("/")[2], m.line) for m in kernels.mutants([point])}
-    assert ("rows.cuh", one("rows.cuh", "col < end").line) in found
+    assert ("rows.cuh", one("rows.cuh", "item < left").line) in found
     assert not any(file in ("layer_norm.cu", "sums.cuh") for file, _ in found)
 
 
@@ -110,7 +110,7 @@ def test_a_change_that_leaves_the_code_of_a_point_is_told_apart(kernels, point):
 
 
 def test_what_has_been_tried_is_not_tried_again(kernels, point, tmp_path, monkeypatch):
-    only = one("softmax.cu", "sum == 0 ->")
+    only = one("softmax.cu", "total == 0 ->")
     monkeypatch.setattr(cuda_source, "comparisons", lambda file: (only,) if file == only.file else ())
 
     def tried(say):
