@@ -22,7 +22,6 @@ PAGE = ROOT / "docs/cuda.md"
 ROWS = [op for op in OPS if "attention" not in op]
 NOT_YET = {(op, arch) for op in ("attention", "attention_varlen") for arch in ("90", "100", "120")}
 NOT_YET |= {("decode_attention", str(arch)) for arch in LIMITS}
-NOT_YET |= {(op, "120") for op in OPS}
 USUAL = ("rope", "dropout_add")  # their machine code is made in a second
 
 
