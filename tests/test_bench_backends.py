@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastlm.bench import report
+from fastlm.bench import plots, report
 from fastlm.bench.trial import tried
 
 H200 = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200-2026-11-26.json"
@@ -47,7 +47,5 @@ def test_the_roofline_shows_the_faster_backend():
     found = json.loads(H200.read_text())
     row = next(r for r in found["rows"] if r["op"] == "attention" and "fastlm.triton" in r["ratios"])
     found["rows"] = [row]
-    from fastlm.bench import plots
-
     labels = plots._roofline(found).axes[0].get_legend_handles_labels()[1]
     assert len(labels) == 1 and "fastlm.triton" in labels[0]
