@@ -162,6 +162,15 @@ def test_loops_are_found_where_branches_go_back():
     assert loops([Instruction(*each) for each in code]) == [{32, 48}, {16, 32, 48, 64, 80}]
 
 
+def test_a_switch_goes_where_its_table_says():
+    code = [(0, "MOV", "R1", True), (16, "BRX", "R4 -0x20", True), (32, "FADD", "R2", True)]
+    code += [(48, "BRA", "0x0", True), (64, "FMUL", "R2", True), (80, "EXIT", "", True)]
+    instructions = [Instruction(*each) for each in code]
+    assert loops(instructions, (32, 64)) == [{0, 16, 32, 48}]
+    with pytest.raises(ValueError, match="where does BRX R4 -0x20 go to"):
+        loops(instructions)
+
+
 def _kernels_of(arch, *runs):
     return described(arch, [compiled for run in runs for _, compiled in launched(arch, run)])
 

@@ -9,6 +9,7 @@ from ..._triton import simulated
 from ..ptxsim import cuda_build
 from ..ptxsim.cuda import runtime
 from .compiled import Compiled, numbered
+from .occupancy import RESERVED
 from .sass import static_shared
 
 _LENGTH = re.compile(r"\d+")
@@ -24,7 +25,10 @@ def launched(arch: int, run: Callable[[], None]) -> list[tuple[str, Compiled]]:
 
 def _compiled(arch: int, kernel: str, shared: int, threads: int) -> Compiled:
     cubin = _cubin(arch, runtime().source(kernel))
-    return Compiled(kernel, cubin, shared + static_shared(cubin, kernel), threads)
+    declared = static_shared(cubin, kernel)
+    if arch >= 90 and declared:  # the driver's part is counted there
+        declared -= RESERVED
+    return Compiled(kernel, cubin, shared + declared, threads)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 REGISTERS = 64 << 10  # of a multiprocessor, and the most that one block may have
 _QUARTERS = 4  # parts of a multiprocessor, each with its own quarter of the registers
-_RESERVED = 1 << 10  # bytes of shared memory that the driver takes from each block
+RESERVED = 1 << 10  # bytes of shared memory that the driver takes from each block
 
 
 class Limits(NamedTuple):
@@ -45,7 +45,7 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> Occupancy
     warp_registers = -(-registers * 32 // 256) * 256
     quarter = REGISTERS // _QUARTERS // warp_registers
     fits = warp_registers * -(-warps // _QUARTERS) * _QUARTERS <= REGISTERS
-    block_shared = -(-(shared + _RESERVED) // 128) * 128
+    block_shared = -(-(shared + RESERVED) // 128) * 128
     most = {
         "warps": limits.warps // warps,
         "blocks": limits.blocks,

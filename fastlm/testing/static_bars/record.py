@@ -11,7 +11,7 @@ from . import compiled, cuda
 from .calls import Call
 from .compiled import Compiled
 from .occupancy import occupancy
-from .sass import Instruction, disassembled, loops, machine_code, registers_and_stack
+from .sass import Instruction, disassembled, jump_table, loops, machine_code, registers_and_stack
 
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # matrix products of halves and TF32: of a warp, four warps, a block
 COPIES = ("LDGSTS", "UTMALDG")  # from global to shared memory, while the thread goes on
@@ -93,7 +93,7 @@ def _described(arch: int, kernel: Compiled, code: list[Instruction]) -> Kernel:
         stores=max(writes, default=0),
         wide=100 * wide // moved if moved else 100,
         atomics=sum(i.root in _ATOMICS for i in code),
-        **_main_loops(code),
+        **_main_loops(code, jump_table(kernel.cubin, kernel.name)),
     )
 
 
@@ -101,8 +101,8 @@ def _width(access: Instruction) -> int:
     return next((_WIDTHS[part] for part in access.opcode.split(".") if part in _WIDTHS), 32)
 
 
-def _main_loops(code: list[Instruction]) -> dict:
-    found, roots = loops(code), {i.address: i.root for i in code}
+def _main_loops(code: list[Instruction], table: tuple[int, ...]) -> dict:
+    found, roots = loops(code, table), {i.address: i.root for i in code}
     main = []
     for instruction in code:
         if instruction.root in MATRIX:

@@ -19,6 +19,7 @@ _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 _JUMPS = ("BRA", "CALL")  # CALL.REL goes to a division's rare path, or leaves a loop
 _ENDS = ("EXIT", "RET", "KILL")
+_SWITCHES = ("BRX", "BRXU")  # to an address of the kernel's table
 
 
 class Instruction(NamedTuple):
@@ -44,8 +45,14 @@ def machine_code(cubin: bytes, kernel: str) -> bytes:
 
 
 def static_shared(cubin: bytes, kernel: str) -> int:
-    """Bytes of shared memory that a kernel declares."""
+    """Bytes of shared memory that a kernel declares; from sm_90 on with the driver's, if it uses any."""
     return (_section(cubin, f".nv.shared.{kernel}") or (0, 0))[1]
+
+
+def jump_table(cubin: bytes, kernel: str) -> tuple[int, ...]:
+    """Addresses that a kernel's switches go to; () where it has none."""
+    offset, size = _section(cubin, f".nv.constant2.{kernel}") or (0, 0)
+    return struct.unpack_from(f"<{size // 4}I", cubin, offset)
 
 
 def _section(cubin: bytes, name: str) -> tuple[int, int] | None:
@@ -90,13 +97,13 @@ def _run(tool: str, content: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, str(file)], capture_output=True, text=True, check=True).stdout
 
 
-def loops(code: list[Instruction]) -> list[set[int]]:
-    """Addresses of the instructions of each natural loop, smaller loops first.
+def loops(code: list[Instruction], table: tuple[int, ...] = ()) -> list[set[int]]:
+    """Addresses of the instructions of each natural loop, smaller loops first. table: jump_table().
 
     A branch back to a block that every path to the branch goes through makes a loop of what lies between.
     Source: Aho, Lam, Sethi, Ullman, "Compilers", section 9.6.
     """
-    starts, follows = _blocks(code)
+    starts, follows = _blocks(code, table)
     dominators = _dominators(follows)
     before = [[b for b, after in enumerate(follows) if block in after] for block in range(len(starts))]
     bodies: dict[int, set[int]] = {}
@@ -109,27 +116,33 @@ def loops(code: list[Instruction]) -> list[set[int]]:
     return sorted((loop for loop in found if len(loop) > 1), key=len)  # code ends in a branch to itself
 
 
-def _blocks(code: list[Instruction]) -> tuple[list[int], list[list[int]]]:
+def _blocks(code: list[Instruction], table: tuple[int, ...]) -> tuple[list[int], list[list[int]]]:
     """(indices where straight-line blocks start, the blocks that may follow each)."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     leaders = {0}
     for i, instruction in enumerate(code):
-        if instruction.root in _JUMPS:
-            leaders |= {index[_target(instruction)], i + 1}
-        elif instruction.root in _ENDS:
-            leaders.add(i + 1)
-        elif instruction.root in ("BRX", "JMX", "JMP"):
+        if instruction.root in ("JMX", "JMP") or instruction.root in _SWITCHES and not table:
             raise ValueError(f"loops: where does {instruction.opcode} {instruction.operands} go to?")
+        leaders |= {index[address] for address in _targets(instruction, table)}
+        if instruction.root in (*_JUMPS, *_ENDS, *_SWITCHES):
+            leaders.add(i + 1)
     starts = sorted(i for i in leaders if i < len(code))
     number = {start: block for block, start in enumerate(starts)}
     follows = []
     for block, end in enumerate([*starts[1:], len(code)]):
         last = code[end - 1]
-        after = [number[index[_target(last)]]] if last.root in _JUMPS else []
+        after = [number[index[address]] for address in _targets(last, table)]
         if _falls_through(last) and block + 1 < len(starts):
             after.append(block + 1)
         follows.append(after)
     return starts, follows
+
+
+def _targets(instruction: Instruction, table: tuple[int, ...]) -> tuple[int, ...]:
+    """Addresses that an instruction may jump to."""
+    if instruction.root in _SWITCHES:
+        return table
+    return (_target(instruction),) if instruction.root in _JUMPS else ()
 
 
 def _target(branch: Instruction) -> int:
@@ -139,7 +152,7 @@ def _target(branch: Instruction) -> int:
 def _falls_through(last: Instruction) -> bool:
     if last.root == "BRA":  # BRA.DIV, and BRA P0: only some threads may take it
         return not (last.always and last.operands.startswith("0x"))
-    return not (last.always and last.root in _ENDS)
+    return not (last.always and last.root in (*_ENDS, *_SWITCHES))
 
 
 def _dominators(follows: list[list[int]]) -> list[int]:
