@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import decode_inputs, lengths_of, raw_arguments
+from decoding import check_tokens_without_a_slot_are_dropped, decode_inputs, lengths_of, raw_arguments
 
 from fastlm import ops
 from fastlm.testing import ptxsim
@@ -166,24 +166,7 @@ def test_pages_past_two_to_the_31_elements_are_written_and_read(dtype):
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 def test_tokens_without_a_slot_are_dropped(paged, quantised):
-    k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4, 8)
-    dtype = torch.int8 if quantised else torch.float32
-    caches = [torch.full((3, 2, 6, 8), 7, dtype=dtype) for _ in range(2)]
-    scales = [torch.full((3, 2, 6), 7.0) for _ in range(2)] if quantised else [None, None]
-    table = torch.tensor([[1], [3], [-1]], dtype=torch.int32) if paged else None  # there are three pages
-    lengths = lengths_of(4, -2, (1 << 31) - 1)
-    written = {0: (1 if paged else 0, slice(4, 6), slice(0, 2))}  # sequence -> page, slots, tokens
-    if not paged:
-        written[1] = (1, slice(0, 2), slice(2, 4))
-    torch.ops.fastlm.append_kv.cuda(k, v, *caches, lengths, table, *scales)
-    for x, cache, scale in zip((k, v), caches, scales, strict=True):
-        wanted, untouched = torch.full((3, 2, 6, 8), 7.0), torch.ones(3, 2, 6, dtype=torch.bool)
-        for sequence, (page, slots, tokens) in written.items():
-            wanted[page, :, slots] = x[sequence, :, tokens]
-            untouched[page, :, slots] = False
-        assert (cache[untouched] == 7).all() and (scale is None or (scale[untouched] == 7).all())
-        got = cache.float() * scale[..., None] if quantised else cache
-        assert torch.allclose(got[~untouched], wanted[~untouched], atol=0.02 if quantised else 0)
+    check_tokens_without_a_slot_are_dropped("cuda", paged, quantised, far=(1 << 31) - 1)
 
 
 def test_a_key_that_is_also_the_value_is_quantised_twice():

@@ -4,17 +4,13 @@ import threading
 
 import pytest
 import torch
+from fake_cuda import first_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlm
 from fastlm import _load, ops
 from fastlm._op import BACKENDS, OPS
-from fastlm.testing.cases import Draw, cases_of
 from fastlm.testing.compare import KernelCalls
-
-
-def first_inputs(name, dtype=torch.float32):
-    return cases_of(name)[0][0].inputs(Draw(0, dtype))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -37,7 +33,7 @@ def test_explicit_backend_never_falls_back(name, backend):
 
 @pytest.mark.parametrize("name", OPS)
 def test_float64_runs_on_the_reference_and_says_why(name):
-    inputs = first_inputs(name, torch.float64)
+    inputs = first_inputs(name, dtype=torch.float64)
     explained = fastlm.explain(name, **inputs)
     assert explained.chosen == "reference"
     assert "torch.float64" in explained.reasons["cpu"]

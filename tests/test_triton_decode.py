@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import raw_arguments
+from decoding import check_tokens_without_a_slot_are_dropped, raw_arguments
 from fastlm_triton import decode_attention as kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,24 +85,7 @@ def test_the_same_bits_however_far_the_cache_could_reach():
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 def test_tokens_without_a_slot_are_dropped(paged, quantised):
-    k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4, 8)
-    dtype = torch.int8 if quantised else torch.float32
-    caches = [torch.full((3, 2, 6, 8), 7, dtype=dtype) for _ in range(2)]
-    scales = [torch.full((3, 2, 6), 7.0) for _ in range(2)] if quantised else [None, None]
-    table = torch.tensor([[1], [3], [-1]], dtype=torch.int32) if paged else None  # there are three pages
-    lengths = torch.tensor([4, -2, 1 << 30], dtype=torch.int32)
-    written = {0: (1 if paged else 0, slice(4, 6), slice(0, 2))}  # sequence -> page, slots, tokens
-    if not paged:
-        written[1] = (1, slice(0, 2), slice(2, 4))
-    with ptxsim.device("sm_80"):
-        torch.ops.fastlm.append_kv.triton(k, v, *caches, lengths, table, *scales)
-    wanted = torch.full((3, 2, 6, 8), 7.0)
-    for sequence, (page, slots, tokens) in written.items():
-        wanted[page, :, slots] = k[sequence, :, tokens]
-    got = caches[0].float() * scales[0][..., None] if quantised else caches[0]
-    left_alone = wanted == 7
-    assert torch.equal(caches[0][left_alone], torch.full_like(caches[0][left_alone], 7))
-    assert torch.allclose(got[~left_alone], wanted[~left_alone], atol=0.02 if quantised else 0)
+    check_tokens_without_a_slot_are_dropped("triton", paged, quantised, far=1 << 30)
 
 
 def test_what_is_refused_is_refused_in_one_sentence():

@@ -11,7 +11,7 @@
 
 namespace fastlm {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kUnlimited = 1 << 30;  // more keys than a sequence has; with a row added still an int
 
 // What a block owns and walks along: `rows` rows, 16 of each of `warps` warps (of `split` warps of the same
@@ -20,13 +20,6 @@ struct Tiles {
   int rows, step, warps, split, stages;
   __host__ __device__ constexpr int threads() const { return 32 * warps; }
 };
-
-// 2^x; of what is smaller than 2^-126 it gives 0.
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // To 2 ulp: a polynomial, fitted on [0, 0.625], where 1 - 2 / (e^2x + 1) would cancel.
 __device__ inline float tanh_of(float x) {

@@ -22,7 +22,7 @@ struct RowLosses {
   float *row_loss, *maximum, *exp_sum;  // [rows]
   void* loss;                           // of the logits' type [rows], or null
   const float* dloss;                   // [rows], or null: no dlogits
-  void* dlogits;                        // [rows, cols], contiguous; may be the logits
+  void* dlogits;                        // the logits, or null where dloss is
 };
 
 // An ignored row's target, and one that is no class, is never used as an index.
@@ -58,10 +58,6 @@ struct RowGradient {
     }
   }
 };
-
-__device__ float shift_of(float highest) {
-  return highest == -INFINITY ? 0.0f : highest;
-}  // -inf - -inf is NaN
 
 // What a thread has seen of a row: its maximum; sums of exp(x - maximum) and, for smoothing, of x - shift.
 struct RowSums {

@@ -35,7 +35,6 @@ constexpr int64_t kBlocks = 264;  // at most, where keys are cut: two for each m
 constexpr int64_t kMostParts = 128;
 // Keys of a part: two steps of each warp, or its start is most of its work.
 constexpr int64_t kLeastShare = 128;
-constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -109,8 +108,7 @@ __device__ Range range_of(const DecodeAttention& a, int64_t batch, const Row& ro
           .slope = a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_batch + row.head * a.alibi_head] : 0};
 }
 
-__device__ float shift_of(float top) { return top == -INFINITY ? 0.0f : top; }  // -inf - -inf is NaN
-__device__ float exponential(float x) { return exp2f(x * kLog2e); }  // of a difference: exact near the top
+__device__ float exponential(float x) { return exp2f(x * kLog2E); }  // of a difference: exact near the top
 
 __device__ float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));

@@ -250,12 +250,20 @@ __device__ void store(const float (&from)[kWidth], T* to) {
   store(packed<T>(from), to);
 }
 
-// exp(x) within 2e-7, 0 below 1.2e-38: two instructions, where expf takes eight.
-__device__ inline float exp_of(float x) {
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x; of what is smaller than 2^-126 it gives 0.
+__device__ inline float exp2_of(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// exp(x) within 2e-7, 0 below 1.2e-38: two instructions, where expf takes eight.
+__device__ inline float exp_of(float x) { return exp2_of(x * kLog2E); }
+
+// What is taken from scores of which `highest` is the largest: -inf - -inf is NaN.
+__device__ inline float shift_of(float highest) { return highest == -INFINITY ? 0.0f : highest; }
 
 // 1 / x within 1 ulp, 0 above 8.5e37: one instruction, where a division takes eight and a branch.
 __device__ inline float reciprocal(float x) {

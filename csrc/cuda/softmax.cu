@@ -80,10 +80,6 @@ __device__ void scores(const SoftmaxForward& a, const Place& at, const T* x, con
   });
 }
 
-__device__ float shift_of(float highest) {
-  return highest == -INFINITY ? 0.0f : highest;
-}  // -inf - -inf is NaN
-
 __device__ float highest_of(const float (&s)[kItems]) {
   float highest = -INFINITY;
 #pragma unroll
