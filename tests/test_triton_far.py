@@ -8,6 +8,7 @@ import torch
 from fastlm import ops
 from fastlm.testing import ptxsim
 from fastlm.testing.cases import Draw, cases_of
+from fastlm.testing.ptxsim.profile import Profile
 
 pytest.importorskip("fastlm_triton._config")
 PAST = 1 << 31
@@ -28,13 +29,14 @@ CASES = {  # linear_cross_entropy: its x and weight go to torch.mm, its kernels 
 }
 
 
-class _Farthest:
-    """A profile that keeps the largest offset in a tensor, in bytes, that a launch accessed."""
+class _Farthest(Profile):
+    """Keeps only the largest offset in a tensor, in bytes, that a launch accessed."""
 
     def __init__(self):
+        super().__init__()
         self.offset = 0
 
-    def start(self, *launch):
+    def block(self, *executed):
         pass
 
     def shared(self, *access):
