@@ -4,13 +4,13 @@
 // registers from its one read to its one write. A warp takes its own mean, then the squares around it; those
 // of warps are joined as Chan, Golub, LeVeque do (STAN-CS-79-773), with one barrier a row. Longer rows are
 // read twice, their pieces joined alike. Backward, with g = dy * weight and n = (h - mean) * rstd: dresidual
-// = rstd * (g - mean(g)
-// - n * mean(g * n)) + dh, dx = dropout's factor * dresidual; dweight = sum(dy * n), dbias = sum(dy) over
-// rows. A block goes down row_blocks' share of the rows and keeps these sums in registers, the next row under
-// way; add_partials adds the blocks up in order. Above 8192 columns (float32: 4096) a row is read twice, and
-// dweight and dbias have a kernel of their own, which reads a third time: a block's sums of such rows fit no
-// register file. Bound by bytes: x (residual) in, y (h) out; dy (dh) and h in, dx (dresidual) out; 8 bytes a
-// column and block. Source: Ba, Kiros, Hinton, https://arxiv.org/abs/1607.06450.
+// = rstd * (g - mean(g) - n * mean(g * n)) + dh, dx = dropout's factor * dresidual; dweight = sum(dy * n),
+// dbias = sum(dy) over rows. A block goes down row_blocks' share of the rows and keeps these sums in
+// registers, the next row under way; add_partials adds the blocks up in order. Above 8192 columns (float32:
+// 4096) a row is read twice, and dweight and dbias have a kernel of their own, which reads a third time: a
+// block's sums of such rows fit no register file. Bound by bytes: x (residual) in, y (h) out; dy (dh) and h
+// in, dx (dresidual) out; 8 bytes a column and block. Source: Ba, Kiros, Hinton,
+// https://arxiv.org/abs/1607.06450.
 #include "../contract/layer_norm.h"
 #include "launch.cuh"
 #include "norms.cuh"
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kMostThreads)
     weigh<kWidth>(a, at, 0, n, d, sums);
     sums_of_row<kTeam>(sums, odd);
     project(rstd, sums[0] / cols, sums[1] / cols, n, d);
-    store_gradients<T, kWidth>(a, dropout, at, 0, d);
+    store_gradients<T, kWidth, false>(a, dropout, at, 0, d);
   }
   if (!a.partial) return;
   float* out = a.partial + static_cast<int64_t>(blockIdx.x) * 2 * a.cols;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kLoopThreads)
       weigh<kWidth>(a, at, start, n, d, unused);
       project(rstd, sums[0] / a.cols, sums[1] / a.cols, n, d);
     }
-    store_gradients<T, kWidth>(a, dropout, at, start, d);
+    store_gradients<T, kWidth, true>(a, dropout, at, start, d);
   }
 }
 
@@ -223,7 +223,7 @@ constexpr int kColumnThreads = 128;
 
 // The sums of dweight and dbias of one block of rows, kWidth columns a thread; 0 where dy is null.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     layer_norm_columns_kernel(const LayerNormBackward a, int64_t blocks) {
   const int64_t across = gridDim.x / blocks, block = blockIdx.x / across;
   const int64_t col = (blockIdx.x % across * kColumnThreads + threadIdx.x) * kWidth;
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kColumnThreads)
     }
   }
   float* out = a.partial + block * 2 * a.cols + col;
-  store<kWidth>(dweight, out);
-  store<kWidth>(dbias, out + a.cols);
+  store_whole<kWidth>(dweight, out);
+  store_whole<kWidth>(dbias, out + a.cols);
 }
 
 // Where rows are long, or dy is null.

@@ -119,12 +119,16 @@ struct RowAhead {
   }
 };
 
-// Writes dresidual = gradient + dh, and dx: dropout's factor times that, from column `start` on.
-template <class T, int kWidth, int kItems, class Args>
+// Writes dresidual = gradient + dh, and dx: dropout's factor times that, from column `start` on. kWhole: by
+// store_whole.
+template <class T, int kWidth, bool kWhole, int kItems, class Args>
 __device__ void store_gradients(const Args& a, const DropoutScale& dropout, const Place& at, int64_t start,
                                 const float (&gradient)[kItems]) {
   const T* dh = row_at<T>(a.dh, a.dh_stride, at.row);
   const int64_t row = at.row * a.cols;
+  const auto write = [](const float (&from)[kWidth], T* to) {
+    kWhole ? store_whole<kWidth>(from, to) : store<kWidth>(from, to);
+  };
   for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
     float values[kWidth], more[kWidth];
 #pragma unroll
@@ -134,14 +138,14 @@ __device__ void store_gradients(const Args& a, const DropoutScale& dropout, cons
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) values[k] += more[k];
     }
-    if (a.dresidual) store<kWidth>(values, static_cast<T*>(a.dresidual) + row + col);
+    if (a.dresidual) write(values, static_cast<T*>(a.dresidual) + row + col);
     if (!a.dx) return;
     if (dropout.seed) {
       dropout.columns<kWidth>(at.row, col, more);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) values[k] *= more[k];
     }
-    store<kWidth>(values, static_cast<T*>(a.dx) + row + col);
+    write(values, static_cast<T*>(a.dx) + row + col);
   });
 }
 

@@ -98,7 +98,7 @@ __device__ void project(float rstd, float mean, const float (&n)[kCount], float 
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
 template <class T, int kWidth, Team kTeam>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     rms_norm_backward_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
   assume_at_once<kTeam, kWidth>(a.cols);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMostThreads)
     if (!a.dx && !a.dresidual) continue;
     const float sum = sum_of_row<kTeam>(weigh<kWidth>(a, at, 0, n, d), odd);
     project(rstd, sum / cols, n, d);
-    store_gradients<T, kWidth>(a, dropout, at, 0, d);
+    store_gradients<T, kWidth, false>(a, dropout, at, 0, d);
   }
   if (!a.partial) return;
   store_sums<kWidth, kTeam>(at, 0, a.cols, dweight, a.partial + static_cast<int64_t>(blockIdx.x) * a.cols);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kLoopThreads)
       weigh<kWidth>(a, at, start, n, d);
       project(rstd, sum / a.cols, n, d);
     }
-    store_gradients<T, kWidth>(a, dropout, at, start, d);
+    store_gradients<T, kWidth, true>(a, dropout, at, start, d);
   }
 }
 
@@ -151,7 +151,7 @@ constexpr int kColumnThreads = 128;
 
 // The sums of dweight of one block of rows, kWidth columns a thread; 0 where dy is null.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, 1)
     rms_norm_columns_kernel(const RmsNormBackward a, int64_t blocks) {
   const int64_t across = gridDim.x / blocks, block = blockIdx.x / across;
   const int64_t col = (blockIdx.x % across * kColumnThreads + threadIdx.x) * kWidth;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kColumnThreads)
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) dweight[k] += d[k] * (h[k] * a.rstd[row]);
   }
-  store<kWidth>(dweight, a.partial + block * a.cols + col);
+  store_whole<kWidth>(dweight, a.partial + block * a.cols + col);
 }
 
 // Where rows are long, or dy is null.

@@ -35,23 +35,6 @@ __device__ void load_pairs(const T* x, int64_t i, int64_t half, float (&p)[kWidt
   }
 }
 
-// As store, in whole accesses: nvcc cuts those of this kernel in four, for four times the sectors.
-template <int kWidth, class T>
-__device__ void store_whole(const float (&from)[kWidth], T* to) {
-  const Packed<kWidth, T> values = packed<T>(from);
-  if constexpr (kWidth == 1) {
-    store(values, to);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth / kWide<T>; ++i) {
-      const uint32_t* const words = values.words + 4 * i;
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + i * kWide<T>), "r"(words[0]),
-                   "r"(words[1]), "r"(words[2]), "r"(words[3])
-                   : "memory");
-    }
-  }
-}
-
 template <int kWidth, bool kInterleaved, class T>
 __device__ void store_pairs(const float (&p)[kWidth], const float (&q)[kWidth], int64_t i, int64_t half,
                             T* y) {
