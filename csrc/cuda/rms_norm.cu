@@ -97,8 +97,9 @@ __device__ void project(float rstd, float mean, const float (&n)[kCount], float 
 }
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
+// By the element it spills where ptxas looks for more blocks than one.
 template <class T, int kWidth, Team kTeam>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, kWidth == 1 ? 1 : 0)
     rms_norm_backward_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
   assume_at_once<kTeam, kWidth>(a.cols);

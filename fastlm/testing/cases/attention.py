@@ -201,12 +201,14 @@ CASES = [
 
 def _everything_of(dim):
     """Every option at once over several tiles; v as wide as q."""
+    keys = 90 if dim == 256 else 150  # wide heads have smaller tiles, and ptxsim needs longest for them
 
     def made(d):
-        mask = d.booleans(2, 1, 70, 150, p=0.8)
-        bias = d.normal(1, 2, 70, 150).masked_fill(d.booleans(70, 150, p=0.1), -_INF)
-        inputs = qkv(d, 2, 2, 70, 150, dim, kv_heads=1) | {"causal": "bottom_right", "window": (90, None)}
-        inputs |= {"mask": mask, "bias": bias, "kv_lengths": _lengths(150, 83), "softcap": 2.0}
+        mask = d.booleans(2, 1, 70, keys, p=0.8)
+        bias = d.normal(1, 2, 70, keys).masked_fill(d.booleans(70, keys, p=0.1), -_INF)
+        inputs = qkv(d, 2, 2, 70, keys, dim, kv_heads=1)
+        inputs |= {"causal": "bottom_right", "window": (keys * 3 // 5, None)}
+        inputs |= {"mask": mask, "bias": bias, "kv_lengths": _lengths(keys, keys * 5 // 9), "softcap": 2.0}
         slopes = d.normal(2, 2, scale=0.1, dtype=torch.float32)
         return inputs | {"alibi_slopes": slopes, "dropout_p": 0.2, "seed": 12, "return_lse": True}
 
@@ -214,7 +216,8 @@ def _everything_of(dim):
 
 
 _HEADS = [  # of every width that csrc/cuda has tiles of, in several of them
-    *(Case(f"heads-{n}", _shape(1, 2, 150, 150, n, kv_heads=1, causal=True)) for n in (32, 96, 128, 256)),
+    *(Case(f"heads-{n}", _shape(1, 2, 150, 150, n, kv_heads=1, causal=True)) for n in (32, 96, 128)),
+    Case("heads-256", _shape(1, 2, 80, 80, 256, kv_heads=1, causal=True)),
     *(Case(f"everything-{n}", _everything_of(n)) for n in (64, 96, 128, 256)),
     Case("unaligned", lambda d: {n: d.slice_of((2, 3, 41, 36), 3, 32) for n in "qkv"}),
 ]
