@@ -70,6 +70,7 @@ _CUDAS = [
     ("attention d64*bias* attention_dbias_kernel sm_*", "wide stores", "rows of a bias start at any address"),
     ("attention* d128 * f32 attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("attention d256 * attention_dq_kernel sm_*", "occupancy", _WIDE),
+    ("rope d128 interleaved bf16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 56 registers"),
 ]
 
 
