@@ -54,10 +54,7 @@ _SMALL = "a weight or a bias: the time of a launch, however wide"
 _COLUMN = "a thread adds up one column; those of a warp lie side by side"
 _FEW = "one number a row, of all that row_losses has read"
 _WIDE = "q, dout, and tiles of k and v, take 97 KB and more of shared memory: one block"
-_CUT = "nvcc cuts its 16-byte stores in four; for rows that no block has registers for"
 _CUDAS = [
-    ("*_norm * *_norm_backward_long_kernel sm_*", "wide stores", _CUT),
-    ("*_norm * *_norm_columns_kernel sm_*", "wide stores", _CUT),
     ("* convert_kernel*", "wide loads", _SMALL),
     ("* convert_kernel*", "wide stores", _SMALL),
     ("* add_partials_kernel*", "wide loads", _COLUMN),
