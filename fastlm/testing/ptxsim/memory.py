@@ -135,13 +135,14 @@ class Shared:
         before = self._reader[cells]
         self._reader[cells] = tags
         after = self._reader[cells]
-        other = np.where(after != tags, after, before)  # another reader of this cell, now or before
-        shared = (other >> _EPOCH == tags >> _EPOCH) & ((other ^ tags) & (_THREAD | _SAME_WARP | _MANY) != 0)
-        if shared.any():
-            cells, mine, other = cells[shared], np.broadcast_to(tags, cells.shape)[shared], other[shared]
-            one_warp = ((mine ^ other) & _THREAD < 32) & (other & _MANY == 0)
-            one_warp &= (mine & _THREAD) >> 5 == (other & _THREAD) >> 5
-            self._reader[cells] = mine | _SAME_WARP
+        differs = np.where(after != tags, after, before)  # another reader of this cell, now or before
+        differs ^= tags
+        told = differs & (-1 << _EPOCH | _THREAD | _SAME_WARP | _MANY)
+        shared = np.flatnonzero((told > 0) & (told < 1 << _EPOCH))  # in one epoch, by more than one thread
+        if shared.size:
+            one_warp = differs.ravel()[shared] & (_THREAD & ~31 | _MANY) == 0
+            cells = cells.ravel()[shared]
+            self._reader[cells] = tags.ravel()[shared // before.shape[1]] | _SAME_WARP
             self._reader[cells[~one_warp]] |= _MANY
 
     def write(self, cells: np.ndarray, tags: np.ndarray, in_flight: bool) -> tuple[str, np.ndarray] | None:
