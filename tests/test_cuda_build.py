@@ -77,8 +77,9 @@ def test_fake_cuda_tensors_run_the_raw_backward(name):
     check_raw_backward(name, "cuda")
 
 
-def test_the_patched_demo_model_is_compiled_whole():
-    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+def test_the_patched_demo_model_is_compiled_whole(tmp_path):
+    # elsewhere: -c imports from the folder that it is run in before what is installed
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     device, shape, other, kernels = json.loads(done.stdout.splitlines()[-1])
     assert device == "cuda:0" and shape == other == [3, 48, 101]
