@@ -54,6 +54,8 @@ _SMALL = "a weight or a bias: the time of a launch, however wide"
 _COLUMN = "a thread adds up one column; those of a warp lie side by side"
 _FEW = "one number a row, of all that row_losses has read"
 _WIDE = "q, dout, and tiles of k and v, take 97 KB and more of shared memory: one block"
+_OUT = "a row of 64 to 256 numbers, of the many that decode_attention has read"
+_RING = "of 100 KB its rings take 68 and more: what they have under way hides memory's latency, not warps"
 _CUDAS = [
     ("* convert_kernel*", "wide loads", _SMALL),
     ("* convert_kernel*", "wide stores", _SMALL),
@@ -65,6 +67,10 @@ _CUDAS = [
     ("cross_entropy 50257 *", "wide stores", _EVEN),
     ("append_kv * int8 *", "wide stores", "a thread makes 4 or 8 bytes of the 16 that it reads"),
     ("attention d64*bias* attention_dbias_kernel sm_*", "wide stores", "rows of a bias start at any address"),
+    ("decode_attention * decode_merge_kernel sm_*", "wide loads", _OUT),
+    ("decode_attention * decode_merge_kernel sm_*", "wide stores", _OUT),
+    ("decode_attention * decode_attention_kernel sm_120", "occupancy", _RING),
+    ("decode_attention d128 gqa*bf16 decode_attention_kernel sm_120", "spills", "8 bytes, in no loop"),
     ("attention* d128 * f32 attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("attention d256 * attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("rope d128 interleaved bf16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 56 registers"),
