@@ -114,6 +114,11 @@ def test_an_asynchronous_copy_that_nobody_waited_for_is_found(gone):
     assert found(COPY.replace(gone, "")).kind == "async"
 
 
+def test_a_thread_that_ends_before_its_copies_have_landed_is_found():
+    assert found("cp.async.ca.shared.global [%r3], [%rd4], 4;").kind == "async"
+    execute("cp.async.ca.shared.global [%r3], [%rd4], 4; cp.async.wait_all;")
+
+
 def test_a_wait_that_leaves_the_group_running_is_found():
     assert found(COPY.replace("wait_group 0", "wait_group 1")).kind == "async"
 
@@ -250,6 +255,22 @@ def test_the_whole_kernel_is_refused_before_any_of_it_runs():
         execute(
             "st.global.b32 [%rd5], %r1; setp.eq.u32 %p1, %r1, 99; @%p1 bra NO; ret; NO: frob.b32 %r1, %r2;"
         )
+
+
+def test_a_register_that_nothing_has_set_is_not_zero():
+    assert (execute("xor.b32 %r6, %r5, 1; st.global.b32 [%rd5], %r6;") == -2).all()
+    some = "setp.lt.u32 %p1, %r1, 9; @%p1 mov.u32 %r5, 3; xor.b32 %r6, %r5, 1; st.global.b32 [%rd5], %r6;"
+    assert execute(some).tolist() == [2] * 9 + [-2] * 55
+
+
+def test_global_memory_has_no_order_between_lanes_without_a_barrier_of_the_warp():
+    other = (
+        "st.global.b32 [%rd5], %r1; xor.b32 %r4, %r1, 1; mul.wide.u32 %rd3, %r4, 4; add.s64 %rd5, %rd2, %rd3;"
+    )
+    assert found(other + "ld.global.b32 %r6, [%rd5];").kind == "race"
+    assert found(other + "st.global.b32 [%rd5], %r1;").kind == "race"
+    execute(other + "bar.warp.sync -1; ld.global.b32 %r6, [%rd5];")
+    execute(other + "bar.warp.sync -1; st.global.b32 [%rd5], %r1;")
 
 
 def test_global_memory_has_no_order_between_blocks_or_warps():

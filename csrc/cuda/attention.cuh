@@ -59,8 +59,10 @@ __device__ inline int64_t end_of(const int32_t* starts, int64_t b, int64_t start
   return min(max(static_cast<int64_t>(starts[b + 1]), start), tokens);
 }
 
-__device__ inline int limit_of(int64_t side) {
-  return static_cast<int>(side < 0 ? kUnlimited : min(side, static_cast<int64_t>(kUnlimited)));
+// A diagonal j - i, or how far from it; what no sequence reaches is as good as the limit.
+__device__ inline int bounded(int64_t keys) {
+  constexpr int64_t kMost = kUnlimited;
+  return static_cast<int>(min(max(keys, -kMost), kMost));
 }
 
 __device__ inline Sequence sequence_of(const AttentionInputs& in, int64_t b) {
@@ -76,10 +78,10 @@ __device__ inline Sequence sequence_of(const AttentionInputs& in, int64_t b) {
     s.nq = static_cast<int>(in.queries);
     s.nk = static_cast<int>(in.keys);
     if (in.kv_lengths) s.nk = max(0, min(s.nk, in.kv_lengths[b]));
-    s.shift = static_cast<int>(in.offset);
+    s.shift = bounded(in.offset);
   }
-  s.low = s.shift - limit_of(in.left);
-  s.high = s.shift + limit_of(in.right);
+  s.low = in.left < 0 ? -kUnlimited : bounded(int64_t{s.shift} - bounded(in.left));
+  s.high = in.right < 0 ? kUnlimited : bounded(int64_t{s.shift} + bounded(in.right));
   return s;
 }
 

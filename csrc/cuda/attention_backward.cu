@@ -212,8 +212,11 @@ __global__ void __launch_bounds__(dq_tiles(sizeof(T), kDim).threads(), 1)
   T* const own_q = of_q + (i0 - first) * kRowPitch;
   const T* const own_dout = of_dout + (i0 - first) * kRowPitch;
 
-  copy_rows_async<T, kRows, kDim, kThreads>(of_q, matrix_of<T>(a.in.q, b, h, seq.first_q), first, seq.nq);
-  copy_rows_async<T, kRows, kDim, kThreads>(of_dout, dout, first, a.dout.data ? seq.nq : 0);
+  const bool from_scores = kExtras && exact;
+  if (a.dq || from_scores) {
+    copy_rows_async<T, kRows, kDim, kThreads>(of_q, matrix_of<T>(a.in.q, b, h, seq.first_q), first, seq.nq);
+    copy_rows_async<T, kRows, kDim, kThreads>(of_dout, dout, first, a.dout.data ? seq.nq : 0);
+  }
   const auto load = [&](int step, int stage) {
     const int j0 = begin + step * kStep;
     copy_rows_async<T, kStep, kDim, kThreads>(of_k + stage * kStep * kRowPitch, k, j0, seq.nk);
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(dq_tiles(sizeof(T), kDim).threads(), 1)
 
   Row rows[2];
   const int64_t row0 = first_row(a.in, seq, b, h) + i0 + lane_row();
-  if (kExtras && exact) {
+  if (from_scores) {
     Mixture mixture;
     walk<kTiles.stages>(steps, load, [&](int step, int stage) {
       const int j0 = begin + step * kStep;
@@ -257,10 +260,7 @@ __global__ void __launch_bounds__(dq_tiles(sizeof(T), kDim).threads(), 1)
     if (a.dlse) rows[r].delta -= a.dlse[row];
     if (lane_col() == 0) keep_row(a, row, rows[r]);
   }
-  if (!a.dq) {
-    wait_for_copies<0>();
-    return;
-  }
+  if (!a.dq) return;
 
   const auto row = [&](int, int e) { return rows[e / 2]; };
   Sums<kDim> sums;

@@ -16,6 +16,12 @@ _REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum,
 _LIMIT = 1 << 22  # basic blocks a launch may run: something waits for ever beyond
 
 
+def _unset(kind) -> np.ndarray:
+    """What a register holds that nothing has set: all bits 1, of a float NaN, so that its use shows."""
+    dtype = np.dtype(kind)
+    return np.full(dtype.itemsize, 1 if dtype.kind == "b" else 0xFF, np.uint8).view(dtype)
+
+
 class Registers:
     """Every register's value for all threads, read and written for those that run now."""
 
@@ -26,15 +32,14 @@ class Registers:
         """Of the running threads; an array of one number where all have the same."""
         value = self.values.get(name)
         if value is None:
-            value = self.values[name] = np.zeros(1, bool if kind == "p" else kind)
+            value = self.values[name] = _unset(bool if kind == "p" else kind)
         return value if self.lanes is None or value.size == 1 else value[self.lanes]
 
     def put(self, name: str, value: np.ndarray) -> None:
         """Sets the running threads' values."""
         if self.lanes is not None:
-            full = np.zeros(self.count, value.dtype)
-            if name in self.values:
-                full[:] = self.values[name]
+            full = np.empty(self.count, value.dtype)
+            full[:] = self.values[name] if name in self.values else _unset(value.dtype)
             full[self.lanes] = value
             value = full
         self.values[name] = value
@@ -109,6 +114,11 @@ class Machine:
 
     def _leave(self, lanes) -> None:
         np.subtract.at(self.alive, lanes // self.per_block, 1)
+        for own, *_ in self.copies:
+            if (late := own[np.isin(own, lanes)]).size:
+                block, thread = divmod(int(late[0]), self.per_block)
+                where = f"{self.compiled.program.name}, block {self.first + block}, thread {thread}"
+                raise_finding("async", f"ends while an asynchronous copy of its own is under way; {where}")
 
     def _enter(self, lanes) -> None:
         self.lanes = lanes

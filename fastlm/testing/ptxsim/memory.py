@@ -183,10 +183,11 @@ def _conflicts(before: np.ndarray, tags: np.ndarray) -> np.ndarray | None:
 
 
 def unordered(before: np.ndarray, tags: np.ndarray) -> np.ndarray:
-    """Where nothing orders two accesses of global memory: other blocks, or warps with no barrier."""
-    other = (before ^ tags) >> _BLOCK != 0
-    same_epoch = (before ^ tags) >> _EPOCH == 0
-    return (before != 0) & (other | same_epoch & ((before ^ tags) & _THREAD >= 32))
+    """Where nothing orders two accesses of global memory: blocks, or threads with no barrier between."""
+    differs = before ^ tags
+    other_warp = differs & _THREAD >= 32
+    other_lane = (differs & _THREAD != 0) & (differs >> _WARP_EPOCH & 0xFF == 0)
+    return (before != 0) & ((differs >> _BLOCK != 0) | (differs >> _EPOCH == 0) & (other_warp | other_lane))
 
 
 def aligned(address: np.ndarray, size: int) -> np.ndarray | None:
