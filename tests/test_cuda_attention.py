@@ -1,5 +1,6 @@
 """The CUDA kernels of attention beyond their cases: launches, bits, far rows, bad starts, planted bugs."""
 
+import inspect
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import test_attention_varlen
 import torch
 
 from fastlm import explain
-from fastlm._ops.attention import CUDA_HEADS
+from fastlm._ops.attention import CUDA_HEADS, OP, check
 from fastlm.ops import attention, attention_varlen
 from fastlm.testing import ptxsim
 from fastlm.testing.cases import SEEDS, Draw, tiled_heads
@@ -51,6 +52,22 @@ def test_other_head_dims_are_left_to_triton(simulated, dim, dim_v):
 def test_only_kernels_run_whose_results_are_wanted(simulated, names, kernels):
     gradients(qkv(Draw(0, torch.bfloat16), 1, 2, 9, 9, 32), names)
     assert launched() == kernels
+
+
+FAR = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("offset", "left", "right"),
+    [(FAR, -1, 0), (-FAR, -1, 0), (0, FAR, FAR), (FAR, 0, 0), (1 << 30, -1, -1), (-1 << 31, 3, -1)],
+)
+def test_diagonals_that_no_sequence_reaches_hide_all_or_nothing(simulated, offset, left, right):
+    inputs = qkv(Draw(0, torch.float32), 1, 2, 5, 9, 32)
+    options = {n: p.default for n, p in inspect.signature(attention).parameters.items() if n != "backend"}
+    args = list(check(**options | inputs))
+    args[7:10] = offset, left, right
+    for found, expected in zip(OP.forward["cuda"](*args), OP.reference(*args), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_gradient_of_a_bias_takes_one_kernel_more(simulated):
