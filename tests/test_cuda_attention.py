@@ -61,12 +61,13 @@ FAR = 1 << 40
     ("offset", "left", "right"),
     [(FAR, -1, 0), (-FAR, -1, 0), (0, FAR, FAR), (FAR, 0, 0), (1 << 30, -1, -1), (-1 << 31, 3, -1)],
 )
-def test_diagonals_that_no_sequence_reaches_hide_all_or_nothing(simulated, offset, left, right):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_diagonals_that_no_sequence_reaches_hide_all_or_nothing(simulated, backend, offset, left, right):
     inputs = qkv(Draw(0, torch.float32), 1, 2, 5, 9, 32)
     options = {n: p.default for n, p in inspect.signature(attention).parameters.items() if n != "backend"}
     args = list(check(**options | inputs))
     args[7:10] = offset, left, right
-    for found, expected in zip(OP.forward["cuda"](*args), OP.reference(*args), strict=True):
+    for found, expected in zip(OP.forward[backend](*args), OP.reference(*args), strict=True):
         torch.testing.assert_close(found, expected)
 
 

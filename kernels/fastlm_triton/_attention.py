@@ -228,6 +228,16 @@ def problem_of(
     return Problem((q, k, v, mask, bias, lengths, starts_q, starts_k, slopes, seed), *layout)
 
 
+def _band(offset: int, left: int, right: int) -> tuple[int, int, int]:
+    """The same band, its ends cut where no sequence reaches: with a row added they are still int32."""
+    most, offset = _UNLIMITED, max(-_UNLIMITED, min(offset, _UNLIMITED))
+    if abs(offset) <= most // 2:  # as all are: the same numbers for many shapes, so the same kernels
+        return offset, *(min(n, most) if n >= 0 else most for n in (left, right))
+    low = max(offset - left, -most) if left >= 0 else -most
+    high = min(offset + right, most) if right >= 0 else most
+    return offset, min(offset - low, 2 * most - 1), min(high - offset, 2 * most - 1)
+
+
 @functools.lru_cache(maxsize=1024)
 def _layout(
     views, beside, dtype, kind, batch, longest, scale, offset, left, right, softcap, dropout_p
@@ -243,7 +253,7 @@ def _layout(
     threshold = int(dropout_p * 2**32)
     broadcast = (*_broadcast_strides(mask, 4), *_broadcast_strides(bias, 4), *_broadcast_strides(slopes, 2))
     sizes = (heads, heads // kv_heads, batch, queries, keys, *tokens, dim // unit, dim_v // unit)
-    band = (offset, *(min(n, _UNLIMITED) if n >= 0 else _UNLIMITED for n in (left, right)))
+    band = _band(offset, left, right)
     factor, cap = (scale / softcap, softcap * _LOG2E) if capped else (scale * _LOG2E, None)
     dropout = (threshold - (threshold >> 31 << 32), 1.0 / (1.0 - dropout_p))  # the word's bits as an int32
     block_d, block_v = _padded(dim), _padded(dim_v)
