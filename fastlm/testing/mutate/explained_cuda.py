@@ -23,7 +23,28 @@ REASONS: list[Reason] = [
         _OWN_ARRAY,
         True,
     ),
-    Reason("team_all", "if .lane == 0", "lane == 0", "After warp_all every lane has the same bits.", True),
+    Reason(
+        "team_all|moments|factor_of|sum_of_row",
+        "if .lane == 0",
+        "lane == 0",
+        "After warp_all every lane has the same bits.",
+        True,
+    ),
+    Reason(
+        "sums_of_row",
+        "if .lane % 16",
+        "lane % 16",
+        "The lanes of a half have the same bits of its sum.",
+        True,
+    ),
+    Reason("assume_at_once", ".*builtin_assume", "cols >= 0", "Rows of no columns launch no kernel.", True),
+    Reason(
+        "scores|gradients",
+        r"if \(col \+ kWidth > n\)",
+        r"col \+ kWidth > n",
+        "Of columns that end where the row does none is past its end.",
+        True,
+    ),
     Reason(
         "softmax_(forward|backward)_kernel",
         r"for \(int64_t start",
@@ -33,8 +54,8 @@ REASONS: list[Reason] = [
     ),
     Reason(
         "gradients",
-        r"if \(col \+ k < n\)",
-        r"col \+ k < n",
+        r"if \(col \+ k >= n\)",
+        r"col \+ k >= n",
         "The first excluded y is 0: only a gradient of NaN or infinity there shows."
         " tests/test_cuda_kernels.py has one, and catches this.",
     ),
