@@ -80,6 +80,20 @@ REASONS: list[Reason] = [
         True,
     ),
     Reason(
+        "loss_of|row_losses_kernel",
+        ".*in.label_smoothing > 0",
+        "in.label_smoothing > 0",
+        "Without smoothing one adds up what nobody takes, the other 0 times a number, or to a loss of NaN.",
+        True,
+    ),
+    Reason(
+        "replace",
+        "if .at < kWidth",
+        "at < kWidth",
+        "A target one column behind these is none of them: both ways give them the same.",
+        True,
+    ),
+    Reason(
         "row_losses_kernel|store_gradient",
         r"for \(int64_t start",
         "start < in.cols",

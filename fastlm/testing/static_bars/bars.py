@@ -56,6 +56,7 @@ _FEW = "one number a row, of all that row_losses has read"
 _WIDE = "q, dout, and tiles of k and v, take 97 KB and more of shared memory: one block"
 _OUT = "a row of 64 to 256 numbers, of the many that decode_attention has read"
 _RING = "of 100 KB its rings take 68 and more: what they have under way hides memory's latency, not warps"
+_TILES = "of 100 KB shared memory its tiles, cut for the 164 KB of sm_80, take 51 to 69: one block of 4 warps"
 _CUDAS = [
     ("* convert_kernel*", "wide loads", _SMALL),
     ("* convert_kernel*", "wide stores", _SMALL),
@@ -73,6 +74,7 @@ _CUDAS = [
     ("decode_attention d128 gqa*bf16 decode_attention_kernel sm_120", "spills", "8 bytes, in no loop"),
     ("attention* d128 * f32 attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("attention d256 * attention_dq_kernel sm_*", "occupancy", _WIDE),
+    ("attention* attention_*_kernel sm_120", "occupancy", _TILES),
     ("rope d128 interleaved bf16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 56 registers"),
 ]
 
