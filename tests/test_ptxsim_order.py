@@ -54,8 +54,8 @@ def without(body, statement, number=0):
         (EXCHANGE, EXCHANGE.replace("bar.sync 0;", "bar.sync 0; bar.warp.sync 0xffffffff;")),
         (EXCHANGE, "bar.sync 0;" + EXCHANGE + "bar.sync 0;"),
         (EXCHANGE, EXCHANGE.replace("st.shared", "bar.sync 0; st.shared")),
-        (COPY + UNREAD + WAIT + STORE, COPY + UNREAD + STORE),
-        (COPY + UNREAD + WAIT + OTHER, COPY + UNREAD + OTHER),
+        (COPY + UNREAD + WAIT + STORE + WAIT, COPY + UNREAD + STORE + WAIT),
+        (COPY + UNREAD + WAIT + OTHER + WAIT, COPY + UNREAD + OTHER + WAIT),
     ],
     ids=[
         "commit",
