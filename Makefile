@@ -51,7 +51,7 @@ test-gpu-model: setup $(VENV)/nvcc
 	@$(PYTHON) -m pytest -n 2 -m "gpu_model" $(ARGS)
 
 # Installs fastlm against a CUDA build of torch for four architectures, and looks at what was built; needs no GPU.
-# Quarter of an hour on 2 cores.
+# Twenty minutes on 2 cores.
 test-cuda-build:
 	@$(MAKE) --no-print-directory VENV=$(CUDA_VENV) TORCH=$(CUDA_TORCH) $(CUDA_VENV)/torch-$(CUDA_TORCH) $(CUDA_VENV)/nvcc
 	@echo "Building fastlm for sm_80, sm_90, sm_100 and sm_120"
@@ -63,6 +63,7 @@ bars: setup $(VENV)/nvcc
 	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars.json --docs docs/evidence.md $(ARGS)
 	@$(PYTHON) -m fastlm.testing.static_bars tests/static_bars_cuda.json --backend cuda \
 	  --beside tests/static_bars.json --docs docs/cuda.md $(ARGS)
+	@$(PYTHON) -m fastlm.testing.static_bars.compared --docs docs/cuda.md
 
 # Breaks the Triton kernels, one change at a time: do the cases see it? Hours; a run that was stopped goes on.
 # make mutate ARGS="--op layer_norm" takes minutes; ARGS="--backend cuda": the CUDA kernels.
