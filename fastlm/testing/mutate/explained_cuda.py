@@ -147,6 +147,13 @@ REASONS: list[Reason] = [
         "Row `rows` is the last one once more: the same values go to the same place.",
         True,
     ),
+    Reason(
+        "along|step",
+        r"(for \(int slot|if \(start).* < end|if \(start >= end",
+        "start (<|>=) end",
+        "A step that begins where the keys end has none: all its scores are hidden, and their weights are 0.",
+        True,
+    ),
     Reason("gather", "if .lane % 4 == 0", "lane % 4", "The four lanes of a row have the same bits.", True),
     Reason(
         "store_rows", "if .threadIdx", "threadIdx.x % 4", "The four lanes of a row have the same lse.", True
