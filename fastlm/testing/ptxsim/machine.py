@@ -116,9 +116,8 @@ class Machine:
         np.subtract.at(self.alive, lanes // self.per_block, 1)
         for own, *_ in self.copies:
             if (late := own[np.isin(own, lanes)]).size:
-                block, thread = divmod(int(late[0]), self.per_block)
-                where = f"{self.compiled.program.name}, block {self.first + block}, thread {thread}"
-                raise_finding("async", f"ends while an asynchronous copy of its own is under way; {where}")
+                what = "ends while an asynchronous copy of its own is under way"
+                raise_finding("async", f"{what}; {self._where(late[0])}")
 
     def _enter(self, lanes) -> None:
         self.lanes = lanes
@@ -164,9 +163,13 @@ class Machine:
     def fail(self, kind: str, site: int, lane: int, what: str) -> None:
         """Raises a finding at an instruction, of the running thread number `lane`."""
         instruction = self.compiled.sites[site]
-        block, thread = self.first + int(self.block[lane]), int(self.thread[lane])
-        where = f"{self.compiled.program.name}, block {block}, thread {thread}, line {instruction.line}"
+        where = f"{self._where(self.lanes[lane])}, line {instruction.line}"
         raise_finding(kind, f"{what}; {where}: {instruction.text}")
+
+    def _where(self, lane) -> str:
+        """The kernel, block and thread of a thread of this batch."""
+        block, thread = divmod(int(lane), self.per_block)
+        return f"{self.compiled.program.name}, block {self.first + block}, thread {thread}"
 
     def of_all(self, value: np.ndarray) -> np.ndarray:
         """A number per running thread, of an array that may hold one for all."""
