@@ -3,7 +3,7 @@
 import torch
 
 from . import Case, p_at_a_word
-from .tiled_heads import tiled
+from .tiled_heads import tiled, tokens
 
 DIFFERENTIABLE = ("q", "k", "v", "bias")
 
@@ -201,12 +201,13 @@ CASES = [
 
 def _everything_of(dim):
     """Every option at once over several tiles; v as wide as q."""
-    keys = 90 if dim == 256 else 150  # wide heads have smaller tiles, and ptxsim needs longest for them
 
     def made(d):
-        mask = d.booleans(2, 1, 70, keys, p=0.8)
-        bias = d.normal(1, 2, 70, keys).masked_fill(d.booleans(70, keys, p=0.1), -_INF)
-        inputs = qkv(d, 2, 2, 70, keys, dim, kv_heads=1)
+        queries, keys = (tokens(d, 70), 90) if dim == 256 else (70, 150)  # its tiles are smaller
+        keys = tokens(d, keys)
+        mask = d.booleans(2, 1, queries, keys, p=0.8)
+        bias = d.normal(1, 2, queries, keys).masked_fill(d.booleans(queries, keys, p=0.1), -_INF)
+        inputs = qkv(d, 2, 2, queries, keys, dim, kv_heads=1)
         inputs |= {"causal": "bottom_right", "window": (keys * 3 // 5, None)}
         inputs |= {"mask": mask, "bias": bias, "kv_lengths": _lengths(keys, keys * 5 // 9), "softcap": 2.0}
         slopes = d.normal(2, 2, scale=0.1, dtype=torch.float32)
@@ -215,9 +216,16 @@ def _everything_of(dim):
     return made
 
 
+def _heads(dim, count):
+    def made(d):
+        return qkv(d, 1, 2, tokens(d, count), tokens(d, count), dim, kv_heads=1) | {"causal": True}
+
+    return Case(f"heads-{dim}", made)
+
+
 _HEADS = [  # of every width that csrc/cuda has tiles of, in several of them
-    *(Case(f"heads-{n}", _shape(1, 2, 150, 150, n, kv_heads=1, causal=True)) for n in (32, 96, 128)),
-    Case("heads-256", _shape(1, 2, 80, 80, 256, kv_heads=1, causal=True)),
+    *(_heads(n, 150) for n in (32, 96, 128)),
+    _heads(256, 80),
     *(Case(f"everything-{n}", _everything_of(n)) for n in (64, 96, 128, 256)),
     Case("unaligned", lambda d: {n: d.slice_of((2, 3, 41, 36), 3, 32) for n in "qkv"}),
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from . import Case, p_at_a_word
-from .tiled_heads import tiled
+from .tiled_heads import tiled, tokens
 
 DIFFERENTIABLE = ("q", "k", "v")
 
@@ -129,8 +129,12 @@ CASES = [
 ]
 
 
-def _heads(dim, queries, keys):
-    return Case(f"heads-{dim}", _shape(queries, keys, heads=2, kv_heads=1, dim=dim, causal="bottom_right"))
+def _heads(dim, *lengths):
+    def made(d):
+        queries, keys = (tuple(tokens(d, n) for n in some) for some in lengths)
+        return _qkv(d, queries, keys, heads=2, kv_heads=1, dim=dim) | {"causal": "bottom_right"}
+
+    return Case(f"heads-{dim}", made)
 
 
 _HEADS = [  # of every width that csrc/cuda has tiles of, in several of them
