@@ -123,8 +123,8 @@ def library(torch_folder: Path, versions: tuple[str, str], codes: list[str], tar
     kernels, bindings = sources()
     kernels.sort(key=lambda f: f.stat().st_size, reverse=True)  # first what takes longest
     with ThreadPoolExecutor(jobs()) as pool:
-        work = [pool.submit(toolchain.made, f, of_codes / f"{f.stem}.cu.o", as_device) for f in kernels]
-        work += [pool.submit(toolchain.compiled, f, kept / "cuda" / f"{f.stem}.o", as_host) for f in bindings]
+        work = [pool.submit(toolchain.made, [f], of_codes / f"{f.stem}.cu.o", as_device) for f in kernels]
+        work.append(pool.submit(toolchain.compiled, bindings, kept / "cuda" / "bindings.o", as_host))
     linked = ["-Wl,-Bsymbolic", f"-L{torch_folder}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda"]
     linked += [f"-L{folder}" for folder in _runtime_folders(torch_folder, toolkit)]
     linked += [f"-l:libcudart.so.{torch_cuda.split('.')[0]}"]

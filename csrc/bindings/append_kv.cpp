@@ -2,7 +2,7 @@
 
 #include "kv_cache.h"
 
-namespace fastlm {
+namespace fastlm::of_append_kv {
 namespace {
 
 AppendedRows rows_into(const Tensor& x, const Tensor& cache, const OptionalTensor& scale) {
@@ -42,4 +42,4 @@ void forward(const Tensor& k_, const Tensor& v_, const Tensor& k_cache, const Te
 
 FASTLM_LIBRARY(m) { m.impl("append_kv." BACKEND, &forward); }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_append_kv

@@ -2,7 +2,7 @@
 
 #include <ATen/ops/zeros.h>
 
-namespace fastlm {
+namespace fastlm::of_attention {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
@@ -66,4 +66,4 @@ FASTLM_LIBRARY(m) {
   m.impl("attention_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_attention

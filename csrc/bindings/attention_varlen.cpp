@@ -4,7 +4,7 @@
 #include <vector>
 #endif
 
-namespace fastlm {
+namespace fastlm::of_attention_varlen {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
@@ -126,4 +126,4 @@ FASTLM_LIBRARY(m) {
   m.impl("attention_varlen_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_attention_varlen

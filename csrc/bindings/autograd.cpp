@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-namespace fastlm {
+namespace fastlm::of_autograd {
 namespace {
 
 using at::IValue;
@@ -307,4 +307,4 @@ TORCH_LIBRARY_FRAGMENT(fastlm, m) {
       &register_autograd);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_autograd

@@ -3,7 +3,7 @@
 #include "../contract/bias_act.h"
 #include "activation.h"
 
-namespace fastlm {
+namespace fastlm::of_bias_act {
 namespace {
 
 Tensor bias_of(const OptionalTensor& bias) { return given(bias) ? floats_of(*bias) : Tensor(); }
@@ -12,8 +12,8 @@ const float* bias_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<
 
 }  // namespace
 
-Tensor bias_act_output(const Tensor& x, const OptionalTensor& bias, c10::string_view activation,
-                       double dropout_p, const OptionalTensor& seed) {
+Tensor output(const Tensor& x, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
+              const OptionalTensor& seed) {
   const Rows in = rows_of(x);
   const Tensor b = bias_of(bias), y = output_like(x);
   bias_act(context_of(x), {.dtype = dtype_of(x),
@@ -28,9 +28,9 @@ Tensor bias_act_output(const Tensor& x, const OptionalTensor& bias, c10::string_
   return y;
 }
 
-std::tuple<Tensor, Tensor> bias_act_gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
-                                              c10::string_view activation, double dropout_p,
-                                              const OptionalTensor& seed, const std::array<bool, 2>& needs) {
+std::tuple<Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
+                                     c10::string_view activation, double dropout_p,
+                                     const OptionalTensor& seed, const std::array<bool, 2>& needs) {
   const Rows in = rows_of(x), gy = rows_of(dy);
   const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
   const Tensor dbias = float_output({in.cols}, x, needs[1]);
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> bias_act_gradients(const Tensor& dy, const Tensor& x,
 }
 
 FASTLM_LIBRARY(m) {
-  m.impl("bias_act." BACKEND, &bias_act_output);
-  m.impl("bias_act_backward." BACKEND, &bias_act_gradients);
+  m.impl("bias_act." BACKEND, &output);
+  m.impl("bias_act_backward." BACKEND, &gradients);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_bias_act

@@ -3,14 +3,14 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_bias_act {
 
-Tensor bias_act_output(const Tensor& x, const OptionalTensor& bias, c10::string_view activation,
-                       double dropout_p, const OptionalTensor& seed);
+Tensor output(const Tensor& x, const OptionalTensor& bias, c10::string_view activation, double dropout_p,
+              const OptionalTensor& seed);
 
 // dx and dbias; needs: which of them are wanted.
-std::tuple<Tensor, Tensor> bias_act_gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
-                                              c10::string_view activation, double dropout_p,
-                                              const OptionalTensor& seed, const std::array<bool, 2>& needs);
+std::tuple<Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
+                                     c10::string_view activation, double dropout_p,
+                                     const OptionalTensor& seed, const std::array<bool, 2>& needs);
 
-}  // namespace fastlm
+}  // namespace fastlm::of_bias_act

@@ -5,7 +5,7 @@
 
 #include "block_cache.h"
 
-namespace fastlm {
+namespace fastlm::of_cpu_memory {
 namespace {
 
 // Smaller tensors stay with the allocator that was there before: malloc keeps those blocks itself.
@@ -89,4 +89,4 @@ TORCH_LIBRARY_IMPL(fastlm, CompositeExplicitAutograd, m) {
   m.impl("cpu_memory_statistics", &statistics);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_cpu_memory

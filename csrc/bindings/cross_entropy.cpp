@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_cross_entropy {
 namespace {
 
 CrossEntropyInput input(const Rows& logits, const Tensor& target, int64_t ignore_index,
@@ -64,4 +64,4 @@ FASTLM_LIBRARY(m) {
   m.impl("cross_entropy_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_cross_entropy

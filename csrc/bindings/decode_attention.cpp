@@ -2,7 +2,7 @@
 
 #include "kv_cache.h"
 
-namespace fastlm {
+namespace fastlm::of_decode_attention {
 namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
@@ -54,4 +54,4 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, cons
 
 FASTLM_LIBRARY(m) { m.impl("decode_attention." BACKEND, &forward); }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_decode_attention

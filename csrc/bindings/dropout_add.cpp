@@ -2,7 +2,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_dropout_add {
 namespace {
 
 Tensor forward(const Tensor& x, const OptionalTensor& residual, double dropout_p,
@@ -32,4 +32,4 @@ FASTLM_LIBRARY(m) {
   m.impl("dropout_add_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_dropout_add

@@ -5,7 +5,7 @@
 #include "bias_act.h"
 #include "torch_ops.h"
 
-namespace fastlm {
+namespace fastlm::of_feed_forward {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
@@ -23,7 +23,7 @@ Tensor reshaped(const Tensor& matrix, const Tensor& like) {
   return matrix.view(sizes);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+Tensor projected(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
   return given(b) ? at::addmm(*b, x, w.t()) : at::mm(x, w.t());
 }
 
@@ -33,9 +33,9 @@ Two forward(const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const T
             const OptionalTensor& b2, c10::string_view activation, double dropout_p,
             const OptionalTensor& seed) {
   const WithinKernel guard;
-  const Tensor z = linear(matrix_of(x), w1, b1);
-  const Tensor a = bias_act_output(z, {}, activation, dropout_p, seed);
-  return {reshaped(linear(a, w2, b2), x), z};
+  const Tensor z = projected(matrix_of(x), w1, b1);
+  const Tensor a = of_bias_act::output(z, {}, activation, dropout_p, seed);
+  return {reshaped(projected(a, w2, b2), x), z};
 }
 
 // The activation is computed again, and its memory then holds its own gradient.
@@ -47,13 +47,13 @@ Five backward(const Tensor& dy_, const Tensor& x, const Tensor& w1, const Option
   const auto unwanted = [&] { return output_like(x, false); };
   Tensor da, dw2 = unwanted(), db2 = needs[4] ? dy.sum(0) : unwanted();
   if (needs[3]) {
-    da = bias_act_output(z, {}, activation, dropout_p, seed);
+    da = of_bias_act::output(z, {}, activation, dropout_p, seed);
     dw2 = at::mm(dy.t(), da);
   }
   if (!needs[0] && !needs[1] && !needs[2]) return {unwanted(), unwanted(), unwanted(), dw2, db2};
   da = da.defined() ? at::mm_out(da, dy, w2) : at::mm(dy, w2);
   const auto [dz, db1] =
-      bias_act_gradients(da, z, {}, activation, dropout_p, seed, {needs[0] || needs[1], needs[2]});
+      of_bias_act::gradients(da, z, {}, activation, dropout_p, seed, {needs[0] || needs[1], needs[2]});
   return {needs[0] ? reshaped(at::mm(dz, w1), x) : unwanted(),
           needs[1] ? at::mm(dz.t(), matrix_of(x)) : unwanted(),
           needs[2] ? like_parameter(db1, b1) : unwanted(), dw2, db2};
@@ -66,4 +66,4 @@ FASTLM_LIBRARY(m) {
   m.impl("feed_forward_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_feed_forward

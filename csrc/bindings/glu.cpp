@@ -3,7 +3,7 @@
 #include "activation.h"
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_glu {
 namespace {
 
 Tensor forward(const Tensor& gate, const Tensor& up, c10::string_view activation) {
@@ -47,4 +47,4 @@ FASTLM_LIBRARY(m) {
   m.impl("glu_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_glu

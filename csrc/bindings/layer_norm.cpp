@@ -2,7 +2,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_layer_norm {
 namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -74,4 +74,4 @@ FASTLM_LIBRARY(m) {
   m.impl("layer_norm_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_layer_norm

@@ -10,7 +10,7 @@
 #endif
 #include "torch_ops.h"
 
-namespace fastlm {
+namespace fastlm::of_linear_cross_entropy {
 namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -57,4 +57,4 @@ FASTLM_LIBRARY(m) {
   m.impl("linear_cross_entropy_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_linear_cross_entropy

@@ -2,7 +2,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_rms_norm {
 namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
@@ -72,4 +72,4 @@ FASTLM_LIBRARY(m) {
   m.impl("rms_norm_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_rms_norm

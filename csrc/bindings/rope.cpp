@@ -4,7 +4,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_rope {
 namespace {
 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {
@@ -46,4 +46,4 @@ FASTLM_LIBRARY(m) {
   m.impl("rope_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_rope

@@ -2,7 +2,7 @@
 
 #include "tensors.h"
 
-namespace fastlm {
+namespace fastlm::of_softmax {
 namespace {
 
 // The mask's leading dimensions with neighbours of one stride joined; null data if more than Mask::kDims
@@ -66,4 +66,4 @@ FASTLM_LIBRARY(m) {
   m.impl("softmax_backward." BACKEND, &backward);
 }
 
-}  // namespace fastlm
+}  // namespace fastlm::of_softmax

@@ -157,17 +157,18 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
 
         return kept(f"{source.stem}.cu.o", [source], make)
 
-    def binding(source: Path) -> Path:
-        flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED", "-c", source]
-        return kept(f"{source.stem}.cpp.o", [source], lambda to: _toolchain().toolchain.run(flags, to))
+    def bound(name: str, files: list[Path]) -> Path:
+        flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED"]
+        flags += _toolchain().toolchain.together(files)
+        return kept(f"{name}.cpp.o", files, lambda to: _toolchain().toolchain.run(flags, to))
 
     def link(to: Path) -> None:
         linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
         _toolchain().toolchain.run(linked, to)
 
     with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(host, f) for f in cuda]
-        jobs += [pool.submit(binding, f) for f in (*bindings, *simulated)]
+        jobs = [pool.submit(host, f) for f in sorted(cuda, key=lambda f: f.stat().st_size, reverse=True)]
+        jobs += [pool.submit(bound, "bindings", bindings), pool.submit(bound, "simulated", simulated)]
         objects = [job.result() for job in jobs]
         return kept("model.so", [f.name for f in objects], link)
 
