@@ -4,7 +4,7 @@
 //
 // Conventions, unless a struct says otherwise: rows are `cols` contiguous elements and start
 // `<name>_stride` elements apart; a null pointer means that an argument was not given or that an
-// output is not wanted; weights, biases and statistics are float32 whatever `dtype` is.
+// output is not wanted; statistics are float32 whatever `dtype` is.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,23 @@ struct Dropout {
   double p = 0;
   const int64_t* seed = nullptr;
 };
+
+// A weight, bias or table beside the rows, and its gradient: on a CPU float32, as the bindings convert it.
+// On a GPU converting takes a launch, as long as a small call's whole work: there it is float32 or, if
+// narrow, of `dtype`.
+#if defined(FASTLM_GPU)
+struct Parameter {
+  const void* data = nullptr;
+  bool narrow = false;
+};
+struct ParameterGradient {
+  void* data = nullptr;
+  bool narrow = false;
+};
+#else
+using Parameter = const float*;
+using ParameterGradient = float*;
+#endif
 
 // Sums over rows (gradients of weights and biases) are taken in this many blocks of rows, whose sums are then
 // added in their order: cut by shape alone, so that the bits do not depend on the number of threads.

@@ -6,9 +6,7 @@
 namespace fastlm::of_bias_act {
 namespace {
 
-Tensor bias_of(const OptionalTensor& bias) { return given(bias) ? floats_of(*bias) : Tensor(); }
-
-const float* bias_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+Tensor bias_of(const OptionalTensor& bias) { return given(bias) ? parameter(*bias) : Tensor(); }
 
 }  // namespace
 
@@ -22,7 +20,7 @@ Tensor output(const Tensor& x, const OptionalTensor& bias, c10::string_view acti
                            .cols = in.cols,
                            .x = in.data(),
                            .x_stride = in.stride,
-                           .bias = bias_data(b),
+                           .bias = parameter_data(b),
                            .dropout = dropout_of(dropout_p, seed),
                            .y = y.mutable_data_ptr()});
   return y;
@@ -33,7 +31,7 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const Op
                                      const OptionalTensor& seed, const std::array<bool, 2>& needs) {
   const Rows in = rows_of(x), gy = rows_of(dy);
   const Tensor b = bias_of(bias), dx = output_like(x, needs[0]);
-  const Tensor dbias = float_output({in.cols}, x, needs[1]);
+  const Tensor dbias = gradient_output(in.cols, bias, needs[1]);
   const Tensor partial = float_output({row_blocks(in.rows), in.cols}, x, needs[1]);
   bias_act_backward(context_of(x), {.dtype = dtype_of(x),
                                     .activation = activation_of(activation),
@@ -43,10 +41,10 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const Op
                                     .x = in.data(),
                                     .dy_stride = gy.stride,
                                     .x_stride = in.stride,
-                                    .bias = bias_data(b),
+                                    .bias = parameter_data(b),
                                     .dropout = dropout_of(dropout_p, seed),
                                     .dx = data_or_null(dx),
-                                    .dbias = floats_or_null(dbias),
+                                    .dbias = gradient_data(dbias),
                                     .partial = floats_or_null(partial)});
   return {dx, like_parameter(dbias, bias)};
 }

@@ -12,7 +12,7 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Three forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
               const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x), add = rows_of(residual);
-  const Tensor w = parameter(weight, in.cols, 1), b = parameter(bias, in.cols, 0);
+  const auto [w, b] = parameters(weight, bias, in.cols);
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
   const Tensor statistics = float_output({2, in.rows}, x);
   float* mean = statistics.mutable_data_ptr<float>();
@@ -23,8 +23,8 @@ Three forward(const Tensor& x, const OptionalTensor& weight, const OptionalTenso
                                      .residual = add.data(),
                                      .x_stride = in.stride,
                                      .residual_stride = add.stride,
-                                     .weight = w.const_data_ptr<float>(),
-                                     .bias = b.const_data_ptr<float>(),
+                                     .weight = parameter_data(w),
+                                     .bias = parameter_data(b),
                                      .eps = static_cast<float>(eps),
                                      .dropout = dropout_of(dropout_p, seed),
                                      .y = y.mutable_data_ptr(),
@@ -43,8 +43,8 @@ Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& 
   const float* mean = statistics.const_data_ptr<float>();
   const Tensor dx = output_like(x, needs[0] || (needs[3] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[3] && dropout_p > 0);
-  const Tensor dweight = float_output({normed.cols}, x, needs[1]),
-               dbias = float_output({normed.cols}, x, needs[2]);
+  const Tensor dweight = gradient_output(normed.cols, weight, needs[1]),
+               dbias = gradient_output(normed.cols, bias, needs[2]);
   const Tensor partial = float_output({row_blocks(normed.rows), 2, normed.cols}, x, needs[1] || needs[2]);
   layer_norm_backward(context_of(x), {.dtype = dtype_of(x),
                                       .rows = normed.rows,
@@ -55,14 +55,14 @@ Four backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor& 
                                       .dy_stride = gy.stride,
                                       .dh_stride = gh.stride,
                                       .h_stride = normed.stride,
-                                      .weight = w.const_data_ptr<float>(),
+                                      .weight = parameter_data(w),
                                       .mean = mean,
                                       .rstd = mean + normed.rows,
                                       .dropout = dropout_of(dropout_p, seed),
                                       .dx = data_or_null(dx),
                                       .dresidual = data_or_null(dresidual),
-                                      .dweight = floats_or_null(dweight),
-                                      .dbias = floats_or_null(dbias),
+                                      .dweight = gradient_data(dweight),
+                                      .dbias = gradient_data(dbias),
                                       .partial = floats_or_null(partial)});
   return {dx, like_parameter(dweight, weight), like_parameter(dbias, bias), dresidual};
 }

@@ -25,7 +25,7 @@ Three forward(const Tensor& x, const OptionalTensor& weight, double eps, double 
                                    .residual = add.data(),
                                    .x_stride = in.stride,
                                    .residual_stride = add.stride,
-                                   .weight = w.const_data_ptr<float>(),
+                                   .weight = parameter_data(w),
                                    .weight_offset = offset_of(weight, weight_offset),
                                    .eps = static_cast<float>(eps),
                                    .dropout = dropout_of(dropout_p, seed),
@@ -43,7 +43,7 @@ Three backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor&
   const Tensor w = parameter(weight, normed.cols, 1);
   const Tensor dx = output_like(x, needs[0] || (needs[2] && dropout_p == 0));
   const Tensor dresidual = output_like(x, needs[2] && dropout_p > 0);
-  const Tensor dweight = float_output({normed.cols}, x, needs[1]);
+  const Tensor dweight = gradient_output(normed.cols, weight, needs[1]);
   const Tensor partial = float_output({row_blocks(normed.rows), normed.cols}, x, needs[1]);
   rms_norm_backward(context_of(x), {.dtype = dtype_of(x),
                                     .rows = normed.rows,
@@ -54,13 +54,13 @@ Three backward(const OptionalTensor& dy, const OptionalTensor& dh, const Tensor&
                                     .dy_stride = gy.stride,
                                     .dh_stride = gh.stride,
                                     .h_stride = normed.stride,
-                                    .weight = w.const_data_ptr<float>(),
+                                    .weight = parameter_data(w),
                                     .rstd = rstd.const_data_ptr<float>(),
                                     .weight_offset = offset_of(weight, weight_offset),
                                     .dropout = dropout_of(dropout_p, seed),
                                     .dx = data_or_null(dx),
                                     .dresidual = data_or_null(dresidual),
-                                    .dweight = floats_or_null(dweight),
+                                    .dweight = gradient_data(dweight),
                                     .partial = floats_or_null(partial)});
   return {dx, like_parameter(dweight, weight), dresidual};
 }

@@ -9,7 +9,7 @@ namespace {
 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {
   const Tensor in = x.stride(3) == 1 ? x : x.contiguous();
-  const Tensor c = floats_of(cos), s = floats_of(sin);
+  const Tensor c = parameter(cos), s = parameter(sin);
   const Tensor y = at::empty_like(in);  // heads and positions lie in memory as in x
   if (y.numel() == 0) return y;
   const bool per_sequence = c.dim() == 3 && c.size(0) > 1;
@@ -23,8 +23,8 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interl
                        .transposed = transposed,
                        .x = in.const_data_ptr(),
                        .x_stride = {in.stride(0), in.stride(1), in.stride(2)},
-                       .cos = c.const_data_ptr<float>(),
-                       .sin = s.const_data_ptr<float>(),
+                       .cos = parameter_data(c),
+                       .sin = parameter_data(s),
                        .table_batch_stride = per_sequence ? c.size(1) * c.size(2) : 0,
                        .y = y.mutable_data_ptr(),
                        .y_stride = {y.stride(0), y.stride(1), y.stride(2)}});

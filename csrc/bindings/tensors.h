@@ -92,17 +92,57 @@ inline Tensor floats_of(const Tensor& t) {
   return made;
 }
 
-// A weight or bias as contiguous float32; `value` where it was not given.
-inline Tensor parameter(const OptionalTensor& t, int64_t cols, float value) {
-  if (given(t)) return floats_of(*t);
-  const Tensor made = new_tensor({cols}, at::kFloat);
-  fill(context_of(made), value, cols, made.mutable_data_ptr<float>());
+#if defined(FASTLM_GPU)
+constexpr bool kNarrowParameters = true;
+inline Parameter parameter_data(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {t.const_data_ptr(), t.scalar_type() != at::kFloat};
+}
+inline ParameterGradient gradient_data(const Tensor& t) {
+  return {t.numel() ? t.mutable_data_ptr() : nullptr, t.scalar_type() != at::kFloat};
+}
+#else
+constexpr bool kNarrowParameters = false;
+inline Parameter parameter_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+inline ParameterGradient gradient_data(const Tensor& t) {
+  return t.numel() ? t.mutable_data_ptr<float>() : nullptr;
+}
+#endif
+
+// The type in which kernels take a weight, bias or table, and write its gradient.
+inline at::ScalarType parameter_type(const OptionalTensor& t) {
+  return kNarrowParameters && given(t) ? t->scalar_type() : at::kFloat;
+}
+
+// What kernels take: its own memory, or a copy, which the caller keeps.
+inline Tensor parameter(const Tensor& t) { return kNarrowParameters ? t.contiguous() : floats_of(t); }
+
+// `value`, of `type`, where it was not given.
+inline Tensor parameter(const OptionalTensor& t, int64_t cols, float value,
+                        at::ScalarType type = at::kFloat) {
+  if (given(t)) return parameter(*t);
+  const Tensor made = new_tensor({cols}, type);
+  fill(context_of(made), dtype_of(made), value, cols, made.mutable_data_ptr());
   return made;
 }
 
-// The gradient of a weight or bias, contiguous float32, in that one's own type.
+// Weight and bias of one type.
+inline std::array<Tensor, 2> parameters(const OptionalTensor& weight, const OptionalTensor& bias,
+                                        int64_t cols) {
+  const Tensor w = parameter(weight, cols, 1, parameter_type(bias)),
+               b = parameter(bias, cols, 0, w.scalar_type());
+  if (w.scalar_type() == b.scalar_type()) return {w, b};
+  return {floats_of(w), floats_of(b)};
+}
+
+// What kernels write the gradient of a weight or bias to.
+inline Tensor gradient_output(int64_t cols, const OptionalTensor& t, bool wanted) {
+  return new_tensor({cols}, parameter_type(t), wanted);
+}
+
+// That gradient, contiguous, in the parameter's own type.
 inline Tensor like_parameter(const Tensor& gradient, const OptionalTensor& t) {
-  if (!given(t) || t->scalar_type() == at::kFloat) return gradient;
+  if (!given(t) || t->scalar_type() == gradient.scalar_type()) return gradient;
   const Tensor made = new_tensor(gradient.sizes(), t->scalar_type());
   from_float32(context_of(gradient), dtype_of(*t), gradient.const_data_ptr<float>(), gradient.numel(),
                made.mutable_data_ptr());

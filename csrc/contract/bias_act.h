@@ -13,7 +13,7 @@ struct BiasAct {
   int64_t rows, cols;
   const void* x;
   int64_t x_stride;
-  const float* bias;  // [cols], or null
+  Parameter bias;  // [cols], or null
   Dropout dropout;
   void* y;  // [rows, cols], contiguous
 };
@@ -28,10 +28,11 @@ struct BiasActBackward {
   int64_t rows, cols;
   const void *dy, *x;
   int64_t dy_stride, x_stride;
-  const float* bias;  // [cols], or null
+  Parameter bias;  // [cols], or null
   Dropout dropout;
   void* dx;  // [rows, cols], contiguous
-  float *dbias, *partial;
+  ParameterGradient dbias;
+  float* partial;
 };
 void bias_act_backward(const Context& context, const BiasActBackward& a);
 

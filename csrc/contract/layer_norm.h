@@ -12,7 +12,7 @@ struct LayerNormForward {
   int64_t rows, cols;
   const void *x, *residual;
   int64_t x_stride, residual_stride;
-  const float *weight, *bias;  // [cols], never null
+  Parameter weight, bias;  // [cols], never null, of one type
   float eps;
   Dropout dropout;
   void *y, *h;         // [rows, cols], contiguous
@@ -29,10 +29,12 @@ struct LayerNormBackward {
   int64_t rows, cols;
   const void *dy, *dh, *h;  // dy or dh may be null, not both
   int64_t dy_stride, dh_stride, h_stride;
-  const float *weight, *mean, *rstd;  // weight [cols], never null
+  Parameter weight;  // as forward's
+  const float *mean, *rstd;
   Dropout dropout;
   void *dx, *dresidual;  // [rows, cols], contiguous; either may be null
-  float *dweight, *dbias, *partial;
+  ParameterGradient dweight, dbias;
+  float* partial;
 };
 void layer_norm_backward(const Context& context, const LayerNormBackward& a);
 

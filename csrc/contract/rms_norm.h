@@ -12,7 +12,7 @@ struct RmsNormForward {
   int64_t rows, cols;
   const void *x, *residual;
   int64_t x_stride, residual_stride;
-  const float* weight;  // [cols], never null
+  Parameter weight;  // [cols], never null
   float weight_offset, eps;
   Dropout dropout;
   void *y, *h;  // [rows, cols], contiguous
@@ -28,11 +28,13 @@ struct RmsNormBackward {
   int64_t rows, cols;
   const void *dy, *dh, *h;  // dy or dh may be null, not both
   int64_t dy_stride, dh_stride, h_stride;
-  const float *weight, *rstd;  // weight [cols], never null
+  Parameter weight;  // as forward's
+  const float* rstd;
   float weight_offset;
   Dropout dropout;
   void *dx, *dresidual;  // [rows, cols], contiguous; either may be null
-  float *dweight, *partial;
+  ParameterGradient dweight;
+  float* partial;
 };
 void rms_norm_backward(const Context& context, const RmsNormBackward& a);
 

@@ -15,6 +15,8 @@ void from_float32(const Context&, DType dtype, const float* from, int64_t n, voi
   with_dtype(dtype, [&]<class T>() { store_row(from, n, static_cast<T*>(to)); });
 }
 
-void fill(const Context&, float value, int64_t n, float* to) { std::fill_n(to, n, value); }
+void fill(const Context&, DType dtype, float value, int64_t n, void* to) {
+  with_dtype(dtype, [&]<class T>() { std::fill_n(static_cast<T*>(to), n, from_float<T>(value)); });
+}
 
 }  // namespace fastlm

@@ -10,6 +10,7 @@
 #include "../contract/bias_act.h"
 #include "activations.cuh"
 #include "launch.cuh"
+#include "parameters.cuh"
 #include "philox.cuh"
 #include "sums.cuh"
 
@@ -17,12 +18,12 @@ namespace fastlm {
 namespace {
 
 // x + bias.
-template <int kWidth, class T>
-__device__ void biased(const Packed<kWidth, T>& x, const float* bias, int64_t col, float (&z)[kWidth]) {
+template <class W, int kWidth, class T>
+__device__ void biased(const Packed<kWidth, T>& x, const Parameter& bias, int64_t col, float (&z)[kWidth]) {
   unpack(x, z);
-  if (!bias) return;
+  if (!bias.data) return;
   float more[kWidth];
-  load<kWidth>(bias + col, more);
+  load_parameter<W>(bias, col, more);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) z[k] += more[k];
 }
@@ -36,7 +37,7 @@ __device__ void drop(const DropoutScale& dropout, int64_t row, int64_t col, floa
   for (int k = 0; k < kWidth; ++k) values[k] *= scales[k];
 }
 
-template <class T, class Act, int kWidth>
+template <class T, class W, class Act, int kWidth>
 __global__ void __launch_bounds__(kWarpThreads)
     bias_act_kernel(const BiasAct a, const DropoutScale dropout, int64_t pieces) {
   const PiecePlace at = piece_place(pieces);
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kWarpThreads)
   load_items<kWidth, kPieceItems>(x, at, at.start, a.cols, loaded);
   for_items<kWidth, kPieceItems>(at, at.start, a.cols, [&](int i, int64_t col) {
     float z[kWidth];
-    biased(loaded[i / kWidth], a.bias, col, z);
+    biased<W>(loaded[i / kWidth], a.bias, col, z);
 #pragma unroll
     for (float& v : z) v = Act::value(v);
     drop(dropout, at.row, col, z);
@@ -61,8 +62,8 @@ constexpr int kResident =
     8;  // blocks of a multiprocessor: 2048 are two rounds of an H100, with 7 they are three
 
 // A block of rows in one of the `pieces` of its columns: dx, and its sums in partial.
-template <class T, class Act, int kWidth>
-__global__ void __launch_bounds__(kWarpThreads, kResident)
+template <class T, class W, class Act, int kWidth>
+__global__ void __launch_bounds__(kWarpThreads, kWidth == 1 ? 1 : kResident)
     bias_act_backward_kernel(const BiasActBackward a, const DropoutScale dropout, int64_t pieces,
                              int64_t blocks) {
   const Place at{0, static_cast<int>(threadIdx.x % 32), 32};
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kWarpThreads, kResident)
     load_items<kWidth, kGradientItems>(dy, at, start, a.cols, dys);
     for_items<kWidth, kGradientItems>(at, start, a.cols, [&](int i, int64_t col) {
       float z[kWidth], d[kWidth];
-      biased(xs[i / kWidth], a.bias, col, z);
+      biased<W>(xs[i / kWidth], a.bias, col, z);
       unpack(dys[i / kWidth], d);
       drop(dropout, row, col, d);
 #pragma unroll
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kWarpThreads, kResident)
 // Blocks of rows: with several bands of columns fewer than row_blocks fill a GPU, and a block's sums cost 8
 // bytes a column. 2048 blocks of 128 threads are what an H100 holds at once.
 int64_t blocks_of(const BiasActBackward& a) {
-  if (!a.dbias) return (a.rows + 7) / 8;
+  if (!a.dbias.data) return (a.rows + 7) / 8;
   return std::clamp<int64_t>(2048 / pieces_of(std::max<int64_t>(a.cols, 1), kGradientPiece), 1,
                              row_blocks(a.rows));
 }
@@ -105,10 +106,10 @@ int64_t blocks_of(const BiasActBackward& a) {
 
 void bias_act(const Context& context, const BiasAct& a) {
   with_device_dtype(a.dtype, [&]<class T>() {
-    const bool wide = wide_rows<T>(a.cols, {{a.x, a.x_stride}, {a.y}}) && aligned(a.bias);
-    with_width<T>(wide, [&]<int kWidth>() {
+    const bool wide = wide_rows<T>(a.cols, {{a.x, a.x_stride}, {a.y}}) && aligned(a.bias.data);
+    with_parameters<T>(a.bias.narrow, wide, [&]<class W, int kWidth>() {
       with_activation(a.activation, [&]<class Act>() {
-        launch("bias_act", context, bias_act_kernel<T, Act, kWidth>, piece_blocks(a.rows, a.cols),
+        launch("bias_act", context, bias_act_kernel<T, W, Act, kWidth>, piece_blocks(a.rows, a.cols),
                kWarpThreads, 0, a, DropoutScale(a.dropout), pieces_of(a.cols));
       });
     });
@@ -119,15 +120,15 @@ void bias_act_backward(const Context& context, const BiasActBackward& a) {
   const int64_t blocks = blocks_of(a), pieces = pieces_of(a.cols, kGradientPiece);
   with_device_dtype(a.dtype, [&]<class T>() {
     const bool wide = wide_rows<T>(a.cols, {{a.dy, a.dy_stride}, {a.x, a.x_stride}, {a.dx}}) &&
-                      aligned(a.bias) && aligned(a.partial);
-    with_width<T>(wide, [&]<int kWidth>() {
+                      aligned(a.bias.data) && aligned(a.partial);
+    with_parameters<T>(a.bias.narrow, wide, [&]<class W, int kWidth>() {
       with_activation(a.activation, [&]<class Act>() {
-        launch("bias_act_backward", context, bias_act_backward_kernel<T, Act, kWidth>, blocks * pieces,
+        launch("bias_act_backward", context, bias_act_backward_kernel<T, W, Act, kWidth>, blocks * pieces,
                kWarpThreads, 0, a, DropoutScale(a.dropout), pieces, blocks);
       });
     });
   });
-  add_partials("bias_act_backward", context, a.partial, blocks, a.cols, 1, {{a.dbias}});
+  add_partials("bias_act_backward", context, a.dtype, a.partial, blocks, a.cols, 1, {{a.dbias}});
 }
 
 }  // namespace fastlm

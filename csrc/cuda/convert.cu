@@ -1,4 +1,5 @@
-// Small tensors beside the rows, such as weights in half precision: converted, or filled with one number.
+// Small tensors beside the rows, such as a weight of another type than the bias: converted, or filled with
+// one number.
 // Bound by the launch: 2 us, whatever their size.
 #include "../contract/convert.h"
 #include "launch.cuh"
@@ -18,8 +19,9 @@ __global__ void convert_kernel(const From* from, int64_t n, To* to) {
   if (index() < n) to[index()] = rounded_to<To>(as_float(from[index()]));
 }
 
-__global__ void fill_kernel(float value, int64_t n, float* to) {
-  if (index() < n) to[index()] = value;
+template <class To>
+__global__ void fill_kernel(float value, int64_t n, To* to) {
+  if (index() < n) to[index()] = rounded_to<To>(value);
 }
 
 }  // namespace
@@ -38,8 +40,10 @@ void from_float32(const Context& context, DType dtype, const float* from, int64_
   });
 }
 
-void fill(const Context& context, float value, int64_t n, float* to) {
-  launch("fill", context, fill_kernel, blocks_of(n), kThreads, 0, value, n, to);
+void fill(const Context& context, DType dtype, float value, int64_t n, void* to) {
+  with_device_dtype(dtype, [&]<class T>() {
+    launch("fill", context, fill_kernel<T>, blocks_of(n), kThreads, 0, value, n, static_cast<T*>(to));
+  });
 }
 
 }  // namespace fastlm

@@ -14,6 +14,7 @@
 #include "../contract/layer_norm.h"
 #include "launch.cuh"
 #include "norms.cuh"
+#include "parameters.cuh"
 #include "sums.cuh"
 
 namespace fastlm {
@@ -68,22 +69,22 @@ __device__ Moments moments(const Place& at, int64_t start, int64_t cols, float c
 }
 
 // Writes (h - mean) * rstd * weight + bias from column `start` on.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 __device__ void store_normed(const LayerNormForward& a, const Place& at, int64_t start, float mean,
                              float rstd, const float (&h)[kItems]) {
   T* y = row_at<T>(a.y, a.cols, at.row);
   for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth], b[kWidth];
-    load<kWidth>(a.weight + col, w);
-    load<kWidth>(a.bias + col, b);
+    load_parameter<W>(a.weight, col, w);
+    load_parameter<W>(a.bias, col, b);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) w[k] = (h[i + k] - mean) * rstd * w[k] + b[k];
     store<kWidth>(w, y + col);
   });
 }
 
-template <class T, int kWidth, Team kTeam>
-__global__ void __launch_bounds__(kMostThreads)
+template <class T, class W, int kWidth, Team kTeam>
+__global__ void __launch_bounds__(kMostThreads, kWidth == 1 && kTeam == Team::kBlock ? 1 : 0)
     layer_norm_forward_kernel(const LayerNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
   if (at.row >= a.rows) return;
@@ -107,12 +108,12 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   const float rstd = 1 / sqrtf(of_row.squares / cols + a.eps);
   if (at.thread == 0) a.mean[at.row] = of_row.mean, a.rstd[at.row] = rstd;
-  if constexpr (kTeam != Team::kLoop) return store_normed<T, kWidth>(a, at, 0, of_row.mean, rstd, h);
+  if constexpr (kTeam != Team::kLoop) return store_normed<T, W, kWidth>(a, at, 0, of_row.mean, rstd, h);
   const T* kept = a.h ? row_at<T>(static_cast<const void*>(a.h), a.cols, at.row)
                       : row_at<T>(a.x, a.x_stride, at.row);  // each thread reads again what it wrote itself
   for (int64_t start = 0; start < a.cols; start += step) {
     load_items<kWidth>(kept, at, start, a.cols, h);
-    store_normed<T, kWidth>(a, at, start, of_row.mean, rstd, h);
+    store_normed<T, W, kWidth>(a, at, start, of_row.mean, rstd, h);
   }
 }
 
@@ -137,12 +138,12 @@ __device__ void load_gradients(const LayerNormBackward& a, const Place& at, int6
 }
 
 // d becomes g = dy * weight; adds up g and g * n.
-template <int kWidth, int kCount>
+template <class W, int kWidth, int kCount>
 __device__ void weigh(const LayerNormBackward& a, const Place& at, int64_t start, const float (&n)[kCount],
                       float (&d)[kCount], float (&sums)[2]) {
   for_items<kWidth, kCount>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth];
-    load<kWidth>(a.weight + col, w);
+    load_parameter<W>(a.weight, col, w);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       d[i + k] = __fmul_rn(d[i + k], w[k]);  // rounded, so that g - mean(g) is exact
@@ -161,7 +162,7 @@ __device__ void project(float rstd, float g_mean, float gn_mean, const float (&n
 }
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
-template <class T, int kWidth, Team kTeam>
+template <class T, class W, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     layer_norm_backward_kernel(const LayerNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
     if (!a.dx && !a.dresidual) continue;
     float sums[2] = {};
-    weigh<kWidth>(a, at, 0, n, d, sums);
+    weigh<W, kWidth>(a, at, 0, n, d, sums);
     sums_of_row<kTeam>(sums, odd);
     project(rstd, sums[0] / cols, sums[1] / cols, n, d);
     store_gradients<T, kWidth, false>(a, dropout, at, 0, d);
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 // dx and dresidual of one long row; where only h was used (dy is null), of a row of any length.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 __global__ void __launch_bounds__(kLoopThreads)
     layer_norm_backward_long_kernel(const LayerNormBackward a, const DropoutScale dropout) {
   const Place at = place<Team::kLoop>();
@@ -206,13 +207,13 @@ __global__ void __launch_bounds__(kLoopThreads)
   float d[kSumItems<T, kWidth>] = {}, n[kSumItems<T, kWidth>], sums[2] = {}, unused[2] = {};
   for (int64_t start = 0; a.dy && start < a.cols; start += step) {
     load_gradients<T, kWidth>(a, at, start, mean, rstd, d, n);
-    weigh<kWidth>(a, at, start, n, d, sums);
+    weigh<W, kWidth>(a, at, start, n, d, sums);
   }
   team_all<Team::kLoop>(sums, Add{});
   for (int64_t start = 0; start < a.cols; start += step) {
     if (a.dy) {
       load_gradients<T, kWidth>(a, at, start, mean, rstd, d, n);
-      weigh<kWidth>(a, at, start, n, d, unused);
+      weigh<W, kWidth>(a, at, start, n, d, unused);
       project(rstd, sums[0] / a.cols, sums[1] / a.cols, n, d);
     }
     store_gradients<T, kWidth, true>(a, dropout, at, start, d);
@@ -245,11 +246,11 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 }
 
 // Where rows are long, or dy is null.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 void backward_in_two(const Context& context, const LayerNormBackward& a, int64_t blocks) {
   if (a.dx || a.dresidual) {
-    launch("layer_norm_backward", context, layer_norm_backward_long_kernel<T, kWidth>, a.rows, kLoopThreads,
-           0, a, DropoutScale(a.dropout));
+    launch("layer_norm_backward", context, layer_norm_backward_long_kernel<T, W, kWidth>, a.rows,
+           kLoopThreads, 0, a, DropoutScale(a.dropout));
   }
   if (!a.partial) return;
   const int64_t across = (a.cols + kColumnThreads * kWidth - 1) / (kColumnThreads * kWidth);
@@ -263,10 +264,10 @@ void layer_norm_forward(const Context& context, const LayerNormForward& a) {
   with_device_dtype(a.dtype, [&]<class T>() {
     const bool wide =
         wide_rows<T>(a.cols, {{a.x, a.x_stride}, {a.residual, a.residual_stride}, {a.y}, {a.h}}) &&
-        aligned(a.weight) && aligned(a.bias);
-    with_width<T>(wide, [&]<int kWidth>() {
+        aligned(a.weight.data) && aligned(a.bias.data);
+    with_parameters<T>(a.weight.narrow, wide, [&]<class W, int kWidth>() {
       with_team<kItems, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
-        launch("layer_norm", context, layer_norm_forward_kernel<T, kWidth, kTeam>,
+        launch("layer_norm", context, layer_norm_forward_kernel<T, W, kWidth, kTeam>,
                blocks_for<kTeam>(a.rows, threads), threads, 0, a, DropoutScale(a.dropout));
       });
     });
@@ -282,18 +283,18 @@ void layer_norm_backward(const Context& context, const LayerNormBackward& a) {
                                             {a.dx},
                                             {a.dresidual},
                                             {a.partial}}) &&
-                      aligned(a.weight);
-    with_width<T>(wide, [&]<int kWidth>() {
+                      aligned(a.weight.data);
+    with_parameters<T>(a.weight.narrow, wide, [&]<class W, int kWidth>() {
       with_team<kSumItems<T, kWidth>, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
-        if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, kWidth>(context, a, blocks);
+        if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, W, kWidth>(context, a, blocks);
         if constexpr (kTeam != Team::kLoop) {
-          launch("layer_norm_backward", context, layer_norm_backward_kernel<T, kWidth, kTeam>, blocks,
+          launch("layer_norm_backward", context, layer_norm_backward_kernel<T, W, kWidth, kTeam>, blocks,
                  threads, 0, a, DropoutScale(a.dropout));
         }
       });
     });
   });
-  add_partials("layer_norm_backward", context, a.partial, blocks, a.cols, 2, {{a.dweight, a.dbias}});
+  add_partials("layer_norm_backward", context, a.dtype, a.partial, blocks, a.cols, 2, {{a.dweight, a.dbias}});
 }
 
 }  // namespace fastlm

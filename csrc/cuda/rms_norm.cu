@@ -11,6 +11,7 @@
 #include "../contract/rms_norm.h"
 #include "launch.cuh"
 #include "norms.cuh"
+#include "parameters.cuh"
 #include "sums.cuh"
 
 namespace fastlm {
@@ -22,20 +23,20 @@ constexpr int kSumItems = kWidth == 1 ? 8 : 16;  // backward: as many of g, n an
 constexpr int kMostThreads = 512;                // with 128 registers each
 
 // Writes h * rstd * (weight + weight_offset) from column `start` on.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 __device__ void store_normed(const RmsNormForward& a, const Place& at, int64_t start, float rstd,
                              const float (&h)[kItems]) {
   T* y = row_at<T>(a.y, a.cols, at.row);
   for_items<kWidth, kItems>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth];
-    load<kWidth>(a.weight + col, w);
+    load_parameter<W>(a.weight, col, w);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) w[k] = h[i + k] * rstd * (w[k] + a.weight_offset);
     store<kWidth>(w, y + col);
   });
 }
 
-template <class T, int kWidth, Team kTeam>
+template <class T, class W, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     rms_norm_forward_kernel(const RmsNormForward a, const DropoutScale dropout) {
   const Place at = place<kTeam>();
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   const float rstd = 1 / sqrtf(team_sum<kTeam>(squares) / static_cast<float>(a.cols) + a.eps);
   if (at.thread == 0) a.rstd[at.row] = rstd;
-  if constexpr (kTeam != Team::kLoop) return store_normed<T, kWidth>(a, at, 0, rstd, h);
+  if constexpr (kTeam != Team::kLoop) return store_normed<T, W, kWidth>(a, at, 0, rstd, h);
   const T* kept = a.h ? row_at<T>(static_cast<const void*>(a.h), a.cols, at.row)
                       : row_at<T>(a.x, a.x_stride, at.row);  // each thread reads again what it wrote itself
   for (int64_t start = 0; start < a.cols; start += step) {
     load_items<kWidth>(kept, at, start, a.cols, h);
-    store_normed<T, kWidth>(a, at, start, rstd, h);
+    store_normed<T, W, kWidth>(a, at, start, rstd, h);
   }
 }
 
@@ -73,13 +74,13 @@ __device__ void load_gradients(const RmsNormBackward& a, const Place& at, int64_
 }
 
 // d becomes g = dy * (weight + weight_offset); returns the sum of g * n.
-template <int kWidth, int kCount>
+template <class W, int kWidth, int kCount>
 __device__ float weigh(const RmsNormBackward& a, const Place& at, int64_t start, const float (&n)[kCount],
                        float (&d)[kCount]) {
   float sum = 0;
   for_items<kWidth, kCount>(at, start, a.cols, [&](int i, int64_t col) {
     float w[kWidth];
-    load<kWidth>(a.weight + col, w);
+    load_parameter<W>(a.weight, col, w);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       d[i + k] *= w[k] + a.weight_offset;
@@ -98,7 +99,7 @@ __device__ void project(float rstd, float mean, const float (&n)[kCount], float 
 
 // A block's rows, one after another, or one for each of its warps: dx, dresidual, and the sums in partial.
 // By the element it spills where ptxas looks for more blocks than one.
-template <class T, int kWidth, Team kTeam>
+template <class T, class W, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads, kWidth == 1 ? 1 : 0)
     rms_norm_backward_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   Place at = place<kTeam>();
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kMostThreads, kWidth == 1 ? 1 : 0)
 #pragma unroll
     for (int i = 0; i < kSumItems<kWidth>; ++i) dweight[i] += d[i] * n[i];
     if (!a.dx && !a.dresidual) continue;
-    const float sum = sum_of_row<kTeam>(weigh<kWidth>(a, at, 0, n, d), odd);
+    const float sum = sum_of_row<kTeam>(weigh<W, kWidth>(a, at, 0, n, d), odd);
     project(rstd, sum / cols, n, d);
     store_gradients<T, kWidth, false>(a, dropout, at, 0, d);
   }
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kMostThreads, kWidth == 1 ? 1 : 0)
 }
 
 // dx and dresidual of one long row; where only h was used (dy is null), of a row of any length.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 __global__ void __launch_bounds__(kLoopThreads)
     rms_norm_backward_long_kernel(const RmsNormBackward a, const DropoutScale dropout) {
   const Place at = place<Team::kLoop>();
@@ -135,13 +136,13 @@ __global__ void __launch_bounds__(kLoopThreads)
   float d[kSumItems<kWidth>] = {}, n[kSumItems<kWidth>], sum = 0;
   for (int64_t start = 0; a.dy && start < a.cols; start += step) {
     load_gradients<T, kWidth>(a, at, start, rstd, d, n);
-    sum += weigh<kWidth>(a, at, start, n, d);
+    sum += weigh<W, kWidth>(a, at, start, n, d);
   }
   sum = team_sum<Team::kLoop>(sum);
   for (int64_t start = 0; start < a.cols; start += step) {
     if (a.dy) {
       load_gradients<T, kWidth>(a, at, start, rstd, d, n);
-      weigh<kWidth>(a, at, start, n, d);
+      weigh<W, kWidth>(a, at, start, n, d);
       project(rstd, sum / a.cols, n, d);
     }
     store_gradients<T, kWidth, true>(a, dropout, at, start, d);
@@ -169,11 +170,11 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 }
 
 // Where rows are long, or dy is null.
-template <class T, int kWidth>
+template <class T, class W, int kWidth>
 void backward_in_two(const Context& context, const RmsNormBackward& a, int64_t blocks) {
   if (a.dx || a.dresidual) {
-    launch("rms_norm_backward", context, rms_norm_backward_long_kernel<T, kWidth>, a.rows, kLoopThreads, 0, a,
-           DropoutScale(a.dropout));
+    launch("rms_norm_backward", context, rms_norm_backward_long_kernel<T, W, kWidth>, a.rows, kLoopThreads, 0,
+           a, DropoutScale(a.dropout));
   }
   if (!a.partial) return;
   const int64_t across = (a.cols + kColumnThreads * kWidth - 1) / (kColumnThreads * kWidth);
@@ -187,10 +188,10 @@ void rms_norm_forward(const Context& context, const RmsNormForward& a) {
   with_device_dtype(a.dtype, [&]<class T>() {
     const bool wide =
         wide_rows<T>(a.cols, {{a.x, a.x_stride}, {a.residual, a.residual_stride}, {a.y}, {a.h}}) &&
-        aligned(a.weight);
-    with_width<T>(wide, [&]<int kWidth>() {
+        aligned(a.weight.data);
+    with_parameters<T>(a.weight.narrow, wide, [&]<class W, int kWidth>() {
       with_team<kItems, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
-        launch("rms_norm", context, rms_norm_forward_kernel<T, kWidth, kTeam>,
+        launch("rms_norm", context, rms_norm_forward_kernel<T, W, kWidth, kTeam>,
                blocks_for<kTeam>(a.rows, threads), threads, 0, a, DropoutScale(a.dropout));
       });
     });
@@ -206,18 +207,18 @@ void rms_norm_backward(const Context& context, const RmsNormBackward& a) {
                                             {a.dx},
                                             {a.dresidual},
                                             {a.partial}}) &&
-                      aligned(a.weight);
-    with_width<T>(wide, [&]<int kWidth>() {
+                      aligned(a.weight.data);
+    with_parameters<T>(a.weight.narrow, wide, [&]<class W, int kWidth>() {
       with_team<kSumItems<kWidth>, kMostThreads>(a.cols, [&]<Team kTeam>(int threads) {
-        if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, kWidth>(context, a, blocks);
+        if (kTeam == Team::kLoop || !a.dy) return backward_in_two<T, W, kWidth>(context, a, blocks);
         if constexpr (kTeam != Team::kLoop) {
-          launch("rms_norm_backward", context, rms_norm_backward_kernel<T, kWidth, kTeam>, blocks, threads, 0,
-                 a, DropoutScale(a.dropout));
+          launch("rms_norm_backward", context, rms_norm_backward_kernel<T, W, kWidth, kTeam>, blocks, threads,
+                 0, a, DropoutScale(a.dropout));
         }
       });
     });
   });
-  add_partials("rms_norm_backward", context, a.partial, blocks, a.cols, 1, {{a.dweight}});
+  add_partials("rms_norm_backward", context, a.dtype, a.partial, blocks, a.cols, 1, {{a.dweight}});
 }
 
 }  // namespace fastlm

@@ -8,6 +8,7 @@
 // https://arxiv.org/abs/2104.09864.
 #include "../contract/rope.h"
 #include "launch.cuh"
+#include "parameters.cuh"
 #include "rows.cuh"
 
 namespace fastlm {
@@ -52,16 +53,15 @@ __device__ void store_pairs(const float (&p)[kWidth], const float (&q)[kWidth], 
 }
 
 // Turns pairs i ... i + kWidth - 1 of `heads` heads; x and y: their first, at the position of the tables'
-// row.
-template <int kWidth, bool kInterleaved, class T>
-__device__ void rotate(const Rope& a, const float* cos, const float* sin, int64_t i, int heads, const T* x,
-                       T* y) {
+// row, which starts at `table`.
+template <class W, int kWidth, bool kInterleaved, class T>
+__device__ void rotate(const Rope& a, int64_t table, int64_t i, int heads, const T* x, T* y) {
   const int64_t half = a.rotated / 2;
   float cos_p[kWidth], cos_q[kWidth], to_p[kWidth], to_q[kWidth];
-  load<kWidth>(cos + i, cos_p);
-  load<kWidth>(cos + half + i, cos_q);
-  load<kWidth>(sin + (a.transposed ? half : 0) + i, to_p);
-  load<kWidth>(sin + (a.transposed ? 0 : half) + i, to_q);
+  load_parameter<W>(a.cos, table + i, cos_p);
+  load_parameter<W>(a.cos, table + half + i, cos_q);
+  load_parameter<W>(a.sin, table + (a.transposed ? half : 0) + i, to_p);
+  load_parameter<W>(a.sin, table + (a.transposed ? 0 : half) + i, to_q);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     to_p[k] = a.transposed ? to_p[k] : -to_p[k];
@@ -83,8 +83,8 @@ __device__ void rotate(const Rope& a, const float* cos, const float* sin, int64_
 }
 
 // `turned` groups of kWidth pairs and `copied` ones of kWidth elements behind them make a row.
-template <class T, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads)
+template <class T, class W, int kWidth, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads, 7)
     rope_kernel(const Rope a, int64_t turned, int64_t copied, int64_t head_groups) {
   int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t group = index % (turned + copied);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
   T* y = static_cast<T*>(a.y) + sequence * a.y_stride[0] + head * a.y_stride[1] + position * a.y_stride[2];
   if (group < turned) {
     const int64_t table = sequence * a.table_batch_stride + position * a.rotated;
-    return rotate<kWidth, kInterleaved>(a, a.cos + table, a.sin + table, group * kWidth, heads, x, y);
+    return rotate<W, kWidth, kInterleaved>(a, table, group * kWidth, heads, x, y);
   }
   const int64_t col = a.rotated + (group - turned) * kWidth;
   for (int h = 0; h < heads; ++h) {
@@ -113,20 +113,20 @@ template <class T>
 bool is_wide(const Rope& a) {
   bool wide = a.rotated % (2 * kWide<T>) == 0 && a.dim % kWide<T> == 0;
   for (int d = 0; d < 3; ++d) wide &= a.x_stride[d] % kWide<T> == 0 && a.y_stride[d] % kWide<T> == 0;
-  return wide && aligned(a.x) && aligned(a.y) && aligned(a.cos) && aligned(a.sin);
+  return wide && aligned(a.x) && aligned(a.y) && aligned(a.cos.data) && aligned(a.sin.data);
 }
 
 }  // namespace
 
 void rope(const Context& context, const Rope& a) {
   with_device_dtype(a.dtype, [&]<class T>() {
-    with_width<T>(is_wide<T>(a), [&]<int kWidth>() {
+    with_parameters<T>(a.cos.narrow, is_wide<T>(a), [&]<class W, int kWidth>() {
       with_bool(a.interleaved, [&]<bool kInterleaved>() {
         const int64_t turned = a.rotated / 2 / kWidth, copied = (a.dim - a.rotated) / kWidth;
         const int64_t head_groups = divided_up(a.heads, kHeads);
         const int64_t threads = a.batch * head_groups * a.seq * (turned + copied);
-        launch("rope", context, rope_kernel<T, kWidth, kInterleaved>, divided_up(threads, kThreads), kThreads,
-               0, a, turned, copied, head_groups);
+        launch("rope", context, rope_kernel<T, W, kWidth, kInterleaved>, divided_up(threads, kThreads),
+               kThreads, 0, a, turned, copied, head_groups);
       });
     });
   });

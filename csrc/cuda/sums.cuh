@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "parameters.cuh"
 #include "rows.cuh"
 
 namespace fastlm {
@@ -44,18 +45,20 @@ constexpr int kSumCols = 32, kSumParts = 16;  // of a block: 128 bytes of column
 
 // The sums of `count` parameters' gradients: that of out[k][col] over partial[block][k][col].
 struct Sums {
-  float* out[2];  // null: not wanted
+  ParameterGradient out[2];  // null: not wanted
 };
 
 // Each of kSumParts threads adds up every kSumParts-th block's, then one adds these. A column's 512 partial
 // sums take 32 steps.
 static __global__ void add_partials_kernel(const float* partial, int64_t blocks, int64_t cols, int count,
-                                           int64_t across, const Sums sums) {
+                                           int64_t across, DType dtype, const Sums sums) {
   __shared__ float of_part[kSumParts][kSumCols];
   const int lane = threadIdx.x % kSumCols, part = threadIdx.x / kSumCols;
   const int which = blockIdx.x >= across;
-  float* out = which ? sums.out[1] : sums.out[0];
-  if (!out) return;
+  // One by one: a choice between two structs would take local memory.
+  const ParameterGradient out = {which ? sums.out[1].data : sums.out[0].data,
+                                 which ? sums.out[1].narrow : sums.out[0].narrow};
+  if (!out.data) return;
   const int64_t col = (blockIdx.x - which * across) * kSumCols + lane;
   float sum = 0;
   if (col < cols) {
@@ -67,16 +70,16 @@ static __global__ void add_partials_kernel(const float* partial, int64_t blocks,
   if (part > 0 || col >= cols) return;
 #pragma unroll
   for (int k = 1; k < kSumParts; ++k) sum += of_part[k][lane];
-  out[col] = sum;
+  store_parameter(sum, out, dtype, col);
 }
 
-// Launches it for `count` gradients of `cols` columns, unless none is wanted.
-inline void add_partials(const char* op, const Context& context, const float* partial, int64_t blocks,
-                         int64_t cols, int count, const Sums& sums) {
-  if (!sums.out[0] && !sums.out[1]) return;
+// Launches it for `count` gradients of `cols` columns beside rows of `dtype`, unless none is wanted.
+inline void add_partials(const char* op, const Context& context, DType dtype, const float* partial,
+                         int64_t blocks, int64_t cols, int count, const Sums& sums) {
+  if (!sums.out[0].data && !sums.out[1].data) return;
   const int64_t across = (cols + kSumCols - 1) / kSumCols;
   launch(op, context, add_partials_kernel, across * count, kSumCols * kSumParts, 0, partial, blocks, cols,
-         count, across, sums);
+         count, across, dtype, sums);
 }
 
 }  // namespace fastlm

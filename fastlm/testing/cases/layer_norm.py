@@ -18,6 +18,11 @@ def _float32_parameters(d):
     return x | {"weight": d.normal(48, dtype=torch.float32), "bias": d.normal(48, dtype=torch.float32)}
 
 
+def _mixed_parameters(d):
+    weight = d.normal(40, dtype=torch.float32)
+    return {"x": d.normal(5, 40), "weight": weight, "bias": d.normal(40), "residual": d.normal(5, 40)}
+
+
 CASES = [
     Case("row", lambda d: {"x": d.normal(64)}),
     Case("one-column", lambda d: {"x": d.normal(5, 1)}),
@@ -45,4 +50,5 @@ CASES = [
     Case("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype)}),
     # A row that a block goes along in whole steps, 16 bytes an access.
     Case("whole-steps", lambda d: affine(d, 2, 16384)),
+    Case("mixed-parameters", _mixed_parameters),
 ]

@@ -92,9 +92,8 @@ class CudaKernels:
     def mutants(self, points: list[Point]) -> Iterator[Mutant]:
         """Every change of a comparison that the PTX of what the points launch has left in it."""
         stems = self._homes()
-        code = digest_of(
-            *(f.read_text() for s in stems for f in (self._sources[s], *_files(cuda_build.CSRC)))
-        )
+        files = frozenset().union(*(_included(self._sources[s]) for s in stems))
+        code = digest_of(*(f.read_text() for f in sorted(files)))
         numbers = self._numbers(points)
         for file in _files(cuda_build.CSRC):
             for one in cuda_source.comparisons(file):
