@@ -84,7 +84,7 @@ __device__ void rotate(const Rope& a, int64_t table, int64_t i, int heads, const
 
 // `turned` groups of kWidth pairs and `copied` ones of kWidth elements behind them make a row.
 template <class T, class W, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, 7)
+__global__ void __launch_bounds__(kThreads)
     rope_kernel(const Rope a, int64_t turned, int64_t copied, int64_t head_groups) {
   int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t group = index % (turned + copied);

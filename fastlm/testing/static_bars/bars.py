@@ -75,7 +75,7 @@ _CUDAS = [
     ("attention* d128 * f32 attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("attention d256 * attention_dq_kernel sm_*", "occupancy", _WIDE),
     ("attention* attention_*_kernel sm_120", "occupancy", _TILES),
-    ("rope d128 interleaved bf16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 56 registers"),
+    ("rope d64 f16 rope_kernel sm_90", "spills", "8 bytes, in no loop; 64 registers"),
 ]
 
 
