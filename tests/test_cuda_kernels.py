@@ -129,3 +129,25 @@ def test_a_target_that_is_no_class_gives_nan_and_nothing_outside_is_read(smoothi
     )
     torch.testing.assert_close(loss[good], expected)
     torch.testing.assert_close(dx[good], torch.autograd.grad(expected.sum(), logits)[0][good])
+
+
+def _norm_inputs(name, dtype):
+    given = {"x": torch.randn(4, 48), "weight": torch.randn(48)}
+    given |= {"bias": torch.randn(48)} if name == "layer_norm" else {}
+    return {n: t.to(dtype).requires_grad_() for n, t in given.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_weights_in_half_precision_take_no_launch_of_their_own(name, dtype):
+    given = _norm_inputs(name, dtype)
+    y = getattr(ops, name)(**given, backend="cuda")
+    assert len(cuda.runtime().launches) == 1
+    torch.autograd.grad(y.float().sum(), list(given.values()))
+    assert len(cuda.runtime().launches) == 2  # and the sums over rows
+
+
+def test_parameters_of_two_types_are_read_right():
+    x, (cos, sin) = torch.randn(1, 2, 5, 16).bfloat16(), _tables(5, 16)
+    mixed = torch.ops.fastlm.rope.cuda(x, cos, sin.bfloat16(), False)
+    assert torch.equal(mixed, torch.ops.fastlm.rope.cuda(x, cos, sin.bfloat16().float(), False))

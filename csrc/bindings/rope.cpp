@@ -9,7 +9,7 @@ namespace {
 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool transposed) {
   const Tensor in = x.stride(3) == 1 ? x : x.contiguous();
-  const Tensor c = parameter(cos), s = parameter(sin);
+  const auto [c, s] = of_one_type(parameter(cos), parameter(sin));
   const Tensor y = at::empty_like(in);  // heads and positions lie in memory as in x
   if (y.numel() == 0) return y;
   const bool per_sequence = c.dim() == 3 && c.size(0) > 1;

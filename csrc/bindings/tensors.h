@@ -126,13 +126,10 @@ inline Tensor parameter(const OptionalTensor& t, int64_t cols, float value,
   return made;
 }
 
-// Weight and bias of one type.
-inline std::array<Tensor, 2> parameters(const OptionalTensor& weight, const OptionalTensor& bias,
-                                        int64_t cols) {
-  const Tensor w = parameter(weight, cols, 1, parameter_type(bias)),
-               b = parameter(bias, cols, 0, w.scalar_type());
-  if (w.scalar_type() == b.scalar_type()) return {w, b};
-  return {floats_of(w), floats_of(b)};
+// Two that a kernel takes in one type.
+inline std::array<Tensor, 2> of_one_type(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == b.scalar_type()) return {a, b};
+  return {floats_of(a), floats_of(b)};
 }
 
 // What kernels write the gradient of a weight or bias to.

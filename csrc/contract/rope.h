@@ -17,7 +17,7 @@ struct Rope {
   bool interleaved, transposed;
   const void* x;
   int64_t x_stride[3];         // of batch, head, position, in elements; dim is contiguous
-  Parameter cos, sin;          // [seq, rotated], contiguous
+  Parameter cos, sin;          // [seq, rotated], contiguous, of one type
   int64_t table_batch_stride;  // in elements; 0: one table for all sequences
   void* y;
   int64_t y_stride[3];
