@@ -14,6 +14,10 @@ _BAD_TARGET = (
     "No case can have a target that is no class: check() refuses it on CPU tensors. On the simulator"
     " tests/test_cuda_kernels.py has such ones, and catches this."
 )
+_GAPS = (
+    "No case has rows of no sequence: check() refuses such starts on CPU tensors. On the simulator"
+    " tests/test_cuda_attention.py has such ones, and catches this."
+)
 
 REASONS: list[Reason] = [
     Reason(
@@ -191,4 +195,30 @@ REASONS: list[Reason] = [
         True,
     ),
     Reason("decode_merge_kernel", "if .col == 0", "col == 0", "Every thread has the same lse.", True),
+    Reason(
+        "attention_dq_kernel",
+        r"__syncthreads\(\);$",
+        r"bar\.sync 0 ",
+        "Behind the first of two walks: none touches shared memory before the second, whose barriers serve.",
+        True,
+    ),
+    Reason("fill_gaps", r"for \(int col", "col < kDim", _GAPS),
+    Reason("attention_forward_kernel", r"if \(a\.in\.q\.starts", "tile == 0", _GAPS),
+    Reason(
+        "fill_gaps", r"if \(threadIdx", r"threadIdx\.x == 0", "Every thread writes the same number.", True
+    ),
+    Reason(
+        "store_rows",
+        r"if \(i < seq\.nq",
+        r"lane_col\(\) == 0",
+        "The four lanes of a row have the same lse.",
+        True,
+    ),
+    Reason(
+        "attention_forward_kernel",
+        r"if \(first >= seq\.nq\)",
+        r"first >= seq\.nq",
+        "Of a tile that begins where the queries end no row is stored.",
+        True,
+    ),
 ]

@@ -17,6 +17,7 @@ from .state import State
 
 KINDS = ("ptx", "source")
 CAUGHT, SURVIVED, INVALID = "caught", "survived", "invalid"
+_SHORT = 3.0  # seconds: what takes longer is asked of the last stage alone
 EQUIVALENT = (SAME, ALIKE)  # no change of what the kernel does: not counted as mutants
 
 
@@ -122,9 +123,10 @@ class Job:
     def _try(self, key: str, facts: dict, scope: list[Point], *stages) -> None:
         start = time.perf_counter()
         for stage in stages:
+            some = scope if stage is stages[-1] else [p for p in scope if p.seconds <= _SHORT]
             try:
                 with stage() as wrong:
-                    verdict, how = self._verdict(scope, wrong)
+                    verdict, how = self._verdict(some, wrong)
             except Invalid as error:
                 verdict, how = INVALID, str(error)[-200:]
             if verdict == CAUGHT:

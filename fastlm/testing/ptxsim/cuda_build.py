@@ -22,7 +22,8 @@ import torch
 _ROOT = Path(__file__).resolve().parents[3]
 CSRC = _ROOT / "csrc"
 _BUILD = _ROOT / "build" / "cuda_model"
-_HEADERS = ("*.h", "contract/*.h", "cuda/*.cuh", "bindings/*.h", "simulated/*.h")
+_HEADERS = ("*.h", "contract/*.h", "cuda/*.cuh")
+_OF_BINDINGS = ("bindings/*.h", "simulated/*.h")
 _ENTRY = re.compile(r"(?m)^(?:\.visible |\.weak )?\.entry\s+([$\w]+)")
 
 
@@ -58,14 +59,16 @@ def sources() -> tuple[list[Path], list[Path]]:
 
 
 @functools.cache
-def _headers() -> bytes:
-    files = [f for pattern in _HEADERS for f in sorted(CSRC.glob(pattern))]
+def _headers(patterns: tuple[str, ...]) -> bytes:
+    files = [f for pattern in patterns for f in sorted(CSRC.glob(pattern))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
 def _place(name: str, made_from: list) -> Path:
     """build/cuda_model/<name>, with a hash in it of all that it is made from."""
-    key = hashlib.sha256(_headers() + repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
+    headers = _HEADERS + _OF_BINDINGS if name.endswith(".cpp.o") else _HEADERS
+    key = hashlib.sha256(_headers(headers))
+    key.update(repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
     for part in made_from:
         key.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
     stem, _, suffix = name.rpartition(".")
