@@ -89,10 +89,12 @@ format: setup
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/clang-format -i $(C_SOURCES)
 
-# The CPU cases under AddressSanitizer and UndefinedBehaviourSanitizer, in a build of their own.
+# The CPU cases under AddressSanitizer and UndefinedBehaviourSanitizer, in a build of their own, for this
+# machine's instruction set.
 SANITIZED := build/sanitize/lib
 sanitize: setup
-	@CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	@FASTLM_ONLY_ISA="$$($(PYTHON) -c 'from fastlm import _load; print(_load.ISA)')" \
+	  CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  $(PYTHON) setup.py -q build --build-lib $(SANITIZED)
 	@cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \

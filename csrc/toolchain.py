@@ -18,6 +18,8 @@ _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-w
 ISA_FLAGS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": _AVX2, "avx512": _AVX512}
+if _ONLY := os.environ.get("FASTLM_ONLY_ISA"):  # a build for this machine alone, as make sanitize's
+    ISA_FLAGS = {_ONLY: ISA_FLAGS[_ONLY]}
 
 _CXXFLAGS = os.environ.get("CXXFLAGS", "")
 _ROOT = Path(__file__).resolve().parent
