@@ -16,6 +16,7 @@ inline int shared() { return 1; }
     "a.cpp": '#include "shared.h"\nSEEN int a() { return shared(); }\n',
     "b.cpp": '#include "shared.h"\nSEEN int b() { return 2; }\n',
 }
+EARLIER, LATER = 1e9, 2e9  # seconds: in 2001, in 2033
 
 
 @pytest.fixture
@@ -38,14 +39,9 @@ def _both(toolchain):
     return toolchain.compiled(sorted(csrc.glob("*.cpp")), csrc.parent / "objects/both.o", "-O1")
 
 
-def _later(csrc, name, text):
+def _write(csrc, name, text, at=LATER):
     (csrc / name).write_text(text)
-    os.utime(csrc / name, (2e9, 2e9))  # seconds: in 2033
-
-
-def _older(csrc, name, text):
-    (csrc / name).write_text(text)
-    os.utime(csrc / name, (1e9, 1e9))
+    os.utime(csrc / name, (at, at))
 
 
 def test_sources_compiled_together_are_one_object(toolchain, tmp_path):
@@ -57,10 +53,10 @@ def test_sources_compiled_together_are_one_object(toolchain, tmp_path):
     ("change", "again"),
     [
         (lambda csrc: None, False),
-        (lambda csrc: _later(csrc, "unused.h", ""), False),
-        (lambda csrc: _later(csrc, "shared.h", SOURCES["shared.h"]), True),
-        (lambda csrc: _later(csrc, "b.cpp", SOURCES["b.cpp"]), True),
-        (lambda csrc: _older(csrc, "c.cpp", "int c() { return 3; }"), True),
+        (lambda csrc: _write(csrc, "unused.h", ""), False),
+        (lambda csrc: _write(csrc, "shared.h", SOURCES["shared.h"]), True),
+        (lambda csrc: _write(csrc, "b.cpp", SOURCES["b.cpp"]), True),
+        (lambda csrc: _write(csrc, "c.cpp", "int c() { return 3; }", EARLIER), True),
         (lambda csrc: (csrc / "b.cpp").unlink(), True),
         (lambda csrc: (csrc.parent / "objects/both.d").unlink(), True),
     ],

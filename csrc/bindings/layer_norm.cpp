@@ -12,8 +12,8 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Three forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
               const OptionalTensor& residual, double dropout_p, const OptionalTensor& seed) {
   const Rows in = rows_of(x), add = rows_of(residual);
-  const Tensor given_weight = parameter(weight, in.cols, 1, parameter_type(bias));
-  const auto [w, b] = of_one_type(given_weight, parameter(bias, in.cols, 0, given_weight.scalar_type()));
+  const Tensor scale = parameter(weight, in.cols, 1, parameter_type(bias));
+  const auto [w, b] = of_one_type(scale, parameter(bias, in.cols, 0, scale.scalar_type()));
   const Tensor y = output_like(x), h = output_like(x, given(residual) || dropout_p > 0);
   const Tensor statistics = float_output({2, in.rows}, x);
   float* mean = statistics.mutable_data_ptr<float>();

@@ -203,8 +203,8 @@ def _everything_of(dim):
     """Every option at once over several tiles; v as wide as q."""
 
     def made(d):
-        queries, keys = (tokens(d, 70), 90) if dim == 256 else (70, 150)  # its tiles are smaller
-        keys = tokens(d, keys)
+        wide = dim == 256  # its tiles are smaller
+        queries, keys = (tokens(d, 70), tokens(d, 90)) if wide else (70, tokens(d, 150))
         mask = d.booleans(2, 1, queries, keys, p=0.8)
         bias = d.normal(1, 2, queries, keys).masked_fill(d.booleans(queries, keys, p=0.1), -_INF)
         inputs = qkv(d, 2, 2, queries, keys, dim, kv_heads=1)

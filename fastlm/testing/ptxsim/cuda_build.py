@@ -59,16 +59,17 @@ def sources() -> tuple[list[Path], list[Path]]:
 
 
 @functools.cache
-def _headers(patterns: tuple[str, ...]) -> bytes:
-    files = [f for pattern in patterns for f in sorted(CSRC.glob(pattern))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
+def _headers() -> bytes:
+    return hashlib.sha256(b"".join(f.read_bytes() for f in _found(_HEADERS))).digest()
+
+
+def _found(patterns: tuple[str, ...]) -> list[Path]:
+    return [f for pattern in patterns for f in sorted(CSRC.glob(pattern))]
 
 
 def _place(name: str, made_from: list) -> Path:
     """build/cuda_model/<name>, with a hash in it of all that it is made from."""
-    headers = _HEADERS + _OF_BINDINGS if name.endswith(".cpp.o") else _HEADERS
-    key = hashlib.sha256(_headers(headers))
-    key.update(repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
+    key = hashlib.sha256(_headers() + repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
     for part in made_from:
         key.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
     stem, _, suffix = name.rpartition(".")
@@ -163,7 +164,8 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
     def bound(name: str, files: list[Path]) -> Path:
         flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED"]
         flags += _toolchain().toolchain.together(files)
-        return kept(f"{name}.cpp.o", files, lambda to: _toolchain().toolchain.run(flags, to))
+        made_from = [*files, *_found(_OF_BINDINGS)]
+        return kept(f"{name}.cpp.o", made_from, lambda to: _toolchain().toolchain.run(flags, to))
 
     def link(to: Path) -> None:
         linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
