@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,17 +31,23 @@ class BuildNative(build_ext):
 
             record["torch"] = torch.__version__
             libraries = {name.removeprefix("cpu_"): target for name, target in targets.items()}
-            toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, libraries)
-        if "torch" in record and torch.version.cuda is not None:
-            with self.recorded("cuda"):
-                gpus = range(torch.cuda.device_count())
-                seen = [torch.cuda.get_device_capability(i) for i in gpus]
-                codes = cuda_toolchain.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), seen)
-                versions = (torch.__version__, torch.version.cuda)
-                cuda_toolchain.library(Path(torch.__file__).parent, versions, codes, cuda)
+            with ThreadPoolExecutor(1) as beside:  # toolchain bounds the compilers of both together
+                if torch.version.cuda is not None:
+                    beside.submit(self.build_cuda, cuda)
+                toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, libraries)
         self.record = Path(self.build_lib, "fastlm/_build.json")
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.record.write_text(json.dumps(record))
+
+    def build_cuda(self, target: Path):
+        """Builds fastlm._cuda for TORCH_CUDA_ARCH_LIST, or else the GPUs that are here."""
+        import torch
+
+        with self.recorded("cuda"):
+            seen = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+            codes = cuda_toolchain.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), seen)
+            versions = (torch.__version__, torch.version.cuda)
+            cuda_toolchain.library(Path(torch.__file__).parent, versions, codes, target)
 
     @contextmanager
     def recorded(self, *libraries: str):

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 if _ONLY := os.environ.get("FASTLM_ONLY_ISA"):  # a build for this machine alone, as make sanitize's
     ISA_FLAGS = {_ONLY: ISA_FLAGS[_ONLY]}
 
+_TURNS = threading.Semaphore(os.cpu_count() or 1)  # compilers at once, of several libraries together
 _CXXFLAGS = os.environ.get("CXXFLAGS", "")
 _ROOT = Path(__file__).resolve().parent
 
@@ -33,7 +35,8 @@ def run(arguments: list, target: Path, folder: Path | None = None) -> Path:
 def _make(command: list, target: Path, folder: Path | None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    subprocess.run([*command, "-o", target], check=True, cwd=folder, **said)
+    with _TURNS:
+        subprocess.run([*command, "-o", target], check=True, cwd=folder, **said)
     return target
 
 

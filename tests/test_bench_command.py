@@ -59,7 +59,7 @@ ERRORS = {
     "unknown op": (lambda t: ["--op", "sofmax"], "--op must be one of "),
     "unknown baseline": (
         lambda t: ["--baseline", "jax"],
-        "--baseline must be one of eager, sdpa, compile, flex, flash_attn, liger, got jax",
+        "--baseline must be one of eager, sdpa, compile, flex, sdpa_flash, flash_attn, liger, got jax",
     ),
     "unknown backend": (
         lambda t: ["--backend", "tpu"],

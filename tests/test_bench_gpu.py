@@ -17,14 +17,14 @@ from fastlm.cli.app import app
 from fastlm.testing.compare import judge
 from fastlm.tune import search
 
-ATTENTION = {"sdpa", "flex", "flash_attn", "fastlm"}
+ATTENTION = {"sdpa", "flex", "sdpa_flash", "flash_attn", "fastlm"}
 ROWWISE = {"eager", "compile", "fastlm"}
 SIDES = {
     "attention gpt2_causal": ATTENTION,
     "attention long_causal": ATTENTION,
     "attention causal_dropout": ATTENTION - {"flex"},
-    "attention half_lengths": ATTENTION - {"flash_attn"},
-    "attention_varlen 16_to_256_tokens": ATTENTION,
+    "attention half_lengths": {"sdpa", "flex", "fastlm"},
+    "attention_varlen 16_to_256_tokens": ATTENTION - {"sdpa_flash"},
     "decode_attention cached": ATTENTION,
     "rope tinyllama": ROWWISE | {"flash_attn"},
     "layer_norm gpt2": ROWWISE | {"liger"},
@@ -129,7 +129,7 @@ def test_baselines_by_default_are_those_that_are_installed(monkeypatch):
     assert options.default_baselines("cpu") == ["eager", "sdpa"]
     installed = {"flash_attn"}
     monkeypatch.setattr(peers, "find_spec", lambda name: name if name in installed else None)
-    assert options.default_baselines("cuda:0") == ["eager", "sdpa", "compile", "flex", "flash_attn"]
+    assert options.default_baselines("cuda:0") == [*options.TORCH, "flex", "sdpa_flash", "flash_attn"]
     assert peers.missing("liger") == "needs liger_kernel: pip install liger-kernel"
 
 

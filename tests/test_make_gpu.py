@@ -16,7 +16,7 @@ from fastlm.bench import machine, results
 
 ROOT = Path(__file__).parent.parent
 FACTS = {"python": sys.executable, "gpu": "NVIDIA A100-SXM4-80GB", "capability": [8, 0], "site": []}
-FACTS |= {"torch": "2.13.0", "triton": "3.8.0"}
+FACTS |= {"torch": "2.13.0", "triton": "3.8.0", "pip": True}
 
 
 @pytest.fixture
@@ -90,14 +90,15 @@ def test_this_python_is_probed(gpu):
     assert gpu.probe("/no/such/python")["missing"] == "it does not run"
 
 
-@pytest.mark.slow  # pip is installed into an environment
-def test_a_given_python_is_left_as_it_is(gpu, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pip", [True, pytest.param(False, marks=pytest.mark.slow)])  # slow: it is installed
+def test_a_given_python_is_left_as_it_is(gpu, tmp_path, monkeypatch, pip):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)  # the Python of these tests is not its own
-    made = gpu.overlay(gpu.probe(sys.executable))
+    made = gpu.overlay(gpu.probe(sys.executable) | {"pip": pip})
     assert made == str(gpu.OVERLAY / "bin" / "python")
     code = "import torch, sys; print(torch.__version__, sys.prefix)"
     said = subprocess.run([made, "-c", code], capture_output=True, text=True).stdout.split()
     assert said == [torch.__version__, str(gpu.OVERLAY)]  # it has what the given one has
+    subprocess.run([made, "-m", "pip", "--version"], check=True)
 
 
 LOG = """

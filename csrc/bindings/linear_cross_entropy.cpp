@@ -1,6 +1,8 @@
-// linear_cross_entropy: rows in chunks; a chunk's logits by torch's matmul, their gradient in their place by
-// the kernel of cross_entropy.h, and two more matmuls: no row's logits outlive its chunk. In C++ because
+// linear_cross_entropy: rows in chunks; a chunk's logits by torch's matmul, their gradient by the kernel of
+// cross_entropy.h, and two more matmuls: no row's logits outlive its chunk. In C++ because
 // Python between the matmuls cost 180 us on a CPU, nine times what a small problem takes.
+#include <ATen/ops/mul.h>
+
 #include <string_view>
 
 #if defined(FASTLM_GPU)
@@ -25,7 +27,9 @@ Four forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, 
   const bool mean = reduction == "mean";
   const Results r = run(p, {Tensor(), mean}, early);
   const Tensor loss = reduction == "none" ? r.losses : total(p, r.losses, mean);
-  return {cast(loss, widened ? at::kFloat : x.scalar_type()), r.dx, r.dweight, r.dbias};
+  const at::ScalarType kept = kept_type(x);
+  return {cast(loss, widened ? at::kFloat : x.scalar_type()), cast(r.dx, kept), cast(r.dweight, kept),
+          cast(r.dbias, kept)};
 }
 
 // Scales what forward computed, or computes the logits again: with "none" each row has its own dloss.
@@ -35,18 +39,19 @@ Three backward(const Tensor& dloss, const Tensor& x, const Tensor& weight, const
                std::string_view reduction, const Flags& early, const Flags& needs) {
   const WithinKernel guard;
   const Tensor gradient = floats_of(dloss);
-  const auto known = [&](int i) { return early[i] || !needs[i]; };
-  Results r;
-  if (known(0) && known(1) && known(2)) {
-    const auto scaled = [&](const Tensor& unit, bool wanted) {
-      return wanted ? unit.mul(gradient) : new_tensor({}, at::kFloat, false);
-    };
-    r = {{}, scaled(unit_dx, needs[0]), scaled(unit_dweight, needs[1]), scaled(unit_dbias, needs[2])};
-  } else {
-    const Problem p = problem(x, weight, bias, target, {ignore_index, label_smoothing, z_loss});
-    r = run(p, {gradient, reduction == "mean"}, needs);
-  }
   const at::ScalarType type = x.scalar_type();
+  const auto known = [&](int i) { return early[i] || !needs[i]; };
+  if (known(0) && known(1) && known(2)) {
+    const Tensor factor = gradient.view({1});  // of no axis, it would be rounded to the unit's type
+    const auto scaled = [&](const Tensor& unit, bool wanted) {
+      Tensor made = new_tensor(unit.sizes(), type, wanted);
+      if (wanted) at::mul_out(made, unit, factor);
+      return made;
+    };
+    return {scaled(unit_dx, needs[0]), scaled(unit_dweight, needs[1]), scaled(unit_dbias, needs[2])};
+  }
+  const Problem p = problem(x, weight, bias, target, {ignore_index, label_smoothing, z_loss});
+  const Results r = run(p, {gradient, reduction == "mean"}, needs);
   return {cast(r.dx, type), cast(r.dweight, type), cast(r.dbias, type)};
 }
 

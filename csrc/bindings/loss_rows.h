@@ -27,10 +27,17 @@ struct LossOptions {
   double label_smoothing, z_loss;
 };
 
-// In float32: losses of target's shape, and the gradients, empty where they are not needed.
+// losses: float32, of target's shape. The gradients: float32 or of kept_type, empty where they are not
+// needed.
 struct Results {
   Tensor losses, dx, dweight, dbias;
 };
+
+// Of gradients between forward and backward. bfloat16 as backward's results, in half of float32's memory and
+// of its bytes; float16 holds the gradients of neither a mean over a million rows nor of a scaled loss.
+inline at::ScalarType kept_type(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+}
 
 // The gradient of a row's loss: 1 or, where it is defined, dloss, which has one for all rows or one for each;
 // of a mean over the number of rows that count.
@@ -56,28 +63,31 @@ inline int64_t chunk_rows(int64_t rows, int64_t classes) {
   return (rows + chunks - 1) / chunks;
 }
 
-// A chunk's losses and, where dloss [rows] is not null, the gradient in the place of its logits [rows,
-// classes], whose rows may be farther apart. sums: float32, room for 2 * rows.
-inline void losses_in_place(const Tensor& logits, const int64_t* target, const LossOptions& options,
-                            const float* dloss, float* losses, const Tensor& sums) {
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-  float* data = logits.mutable_data_ptr<float>();
-  cross_entropy_in_place(context_of(logits),
-                         {.in = {.dtype = DType::kFloat32,
-                                 .rows = rows,
-                                 .cols = classes,
-                                 .logits = data,
-                                 .logits_stride = logits.stride(0),
-                                 .target = target,
-                                 .ignore_index = options.ignore_index,
-                                 .label_smoothing = static_cast<float>(options.label_smoothing),
-                                 .z_loss = static_cast<float>(options.z_loss),
-                                 .reduction = Reduction::kNone},
-                          .logits = data,
-                          .dloss = dloss,
-                          .row_loss = losses,
-                          .maximum = sums.mutable_data_ptr<float>(),
-                          .exp_sum = sums.mutable_data_ptr<float>() + rows});
+// A chunk's losses and, where dloss [rows] is not null, the gradient of its logits [rows, classes], float32,
+// whose rows may be farther apart. dlogits: for that gradient; may be the logits, undefined without one.
+// sums: float32, room for 2 * rows.
+inline void losses_at_once(const Tensor& logits, const int64_t* target, const LossOptions& options,
+                           const float* dloss, const Tensor& dlogits, float* losses, const Tensor& sums) {
+  const int64_t rows = logits.size(0);
+  const bool wanted = dloss != nullptr;
+  cross_entropy_at_once(context_of(logits),
+                        {.in = {.dtype = DType::kFloat32,
+                                .rows = rows,
+                                .cols = logits.size(1),
+                                .logits = logits.const_data_ptr(),
+                                .logits_stride = logits.stride(0),
+                                .target = target,
+                                .ignore_index = options.ignore_index,
+                                .label_smoothing = static_cast<float>(options.label_smoothing),
+                                .z_loss = static_cast<float>(options.z_loss),
+                                .reduction = Reduction::kNone},
+                         .dloss = dloss,
+                         .dlogits_dtype = wanted ? dtype_of(dlogits) : DType::kFloat32,
+                         .dlogits = wanted ? dlogits.mutable_data_ptr() : nullptr,
+                         .dlogits_stride = wanted ? dlogits.stride(0) : 0,
+                         .row_loss = losses,
+                         .maximum = sums.mutable_data_ptr<float>(),
+                         .exp_sum = sums.mutable_data_ptr<float>() + rows});
 }
 
 }  // namespace fastlm

@@ -43,14 +43,16 @@ struct CrossEntropyBackward {
 };
 void cross_entropy_backward(const Context& context, const CrossEntropyBackward& a);
 
-// Both of rows of float32 at once: row_loss and, where dloss is given, dlogits in the place of the logits,
-// with their stride and d = dloss[row]. linear_cross_entropy runs it between its matmuls.
-struct CrossEntropyInPlace {
+// Both of rows of float32 at once: row_loss and, where dloss is given, dlogits with d = dloss[row].
+// linear_cross_entropy runs it between its matmuls.
+struct CrossEntropyAtOnce {
   CrossEntropyInput in;
-  float* logits;                        // in.logits
-  const float* dloss;                   // [rows]; may be null
+  const float* dloss;  // [rows]; may be null
+  DType dlogits_dtype;
+  void* dlogits;  // float32: may be the logits, with their stride. On a CPU it is
+  int64_t dlogits_stride;
   float *row_loss, *maximum, *exp_sum;  // [rows]
 };
-void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a);
+void cross_entropy_at_once(const Context& context, const CrossEntropyAtOnce& a);
 
 }  // namespace fastlm

@@ -160,14 +160,15 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
   });
 }
 
-void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a) {
+void cross_entropy_at_once(const Context& context, const CrossEntropyAtOnce& a) {
   const CrossEntropyForward forward = {a.in, nullptr, a.row_loss, a.maximum, a.exp_sum, nullptr};
-  const CrossEntropyBackward backward = {a.in, nullptr, a.maximum, a.exp_sum, nullptr, a.logits};
+  const CrossEntropyBackward backward = {a.in, nullptr, a.maximum, a.exp_sum, nullptr, a.dlogits};
+  float* const dlogits = static_cast<float*>(a.dlogits);
   with_bool(a.in.label_smoothing > 0, [&]<bool kSmoothing>() {
     parallel_rows(context, a.in.rows, a.in.cols, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         forward_row<float, kSmoothing>(forward, row);
-        if (a.dloss) backward_row(backward, row, a.dloss[row], a.logits + row * a.in.logits_stride);
+        if (a.dloss) backward_row(backward, row, a.dloss[row], dlogits + row * a.dlogits_stride);
       }
     });
   });

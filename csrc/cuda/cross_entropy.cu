@@ -4,8 +4,8 @@
 // and reads it once: each thread keeps the maximum and the sum of exps of what it has seen (Milakov,
 // Gimelshein, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867), which are
 // joined at the row's end. One block then adds up the rows. Backward: a warp takes a piece of 1024
-// columns, one pass. In place, for linear_cross_entropy, a block turns a row into its gradient as soon as it
-// has its loss: from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by
+// columns, one pass. Both at once, for linear_cross_entropy: a block writes a row's gradient as soon as it
+// has its loss, from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by
 // bytes: logits in; logits in, dlogits out.
 #include "../contract/cross_entropy.h"
 #include "launch.cuh"
@@ -22,7 +22,8 @@ struct RowLosses {
   float *row_loss, *maximum, *exp_sum;  // [rows]
   void* loss;                           // of the logits' type [rows], or null
   const float* dloss;                   // [rows], or null: no dlogits
-  void* dlogits;                        // the logits, or null where dloss is
+  void* dlogits = nullptr;              // may be the logits; null where dloss is
+  int64_t dlogits_stride = 0;
 };
 
 // An ignored row's target, and one that is no class, is never used as an index.
@@ -96,27 +97,28 @@ __device__ float loss_of(const CrossEntropyInput& in, float picked, float shift,
 }
 
 // Writes a row's gradient; x are its elements where a thread still holds all that it takes.
-template <class T, int kWidth, Team kTeam>
+template <class T, class D, int kWidth, Team kTeam>
 __device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g, bool used, const Place& at,
-                               float (&x)[kItems], void* dlogits) {
+                               float (&x)[kItems], const RowLosses& out) {
   const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
-  T* to = row_at<T>(dlogits, in.logits_stride, at.row);
+  D* to = row_at<D>(out.dlogits, out.dlogits_stride, at.row);
   for (int64_t start = 0; start < in.cols; start += at.threads * kItems) {
     if (kTeam == Team::kLoop && used) load_items<kWidth>(logits, at, start, in.cols, x);
     for_items<kWidth, kItems>(at, start, in.cols, [&](int i, int64_t col) {
-      float out[kWidth] = {};
+      float values[kWidth] = {};
       if (used) {
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) out[k] = x[i + k];
-        g.replace(col, out);
+        for (int k = 0; k < kWidth; ++k) values[k] = x[i + k];
+        g.replace(col, values);
       }
-      store<kWidth>(out, to + col);
+      store<kWidth>(values, to + col);
     });
     if (kTeam != Team::kLoop) break;
   }
 }
 
-template <class T, int kWidth, Team kTeam>
+// T: of the logits; D: of their gradient, the narrower.
+template <class T, class D, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
     row_losses_kernel(const CrossEntropyInput in, const RowLosses out) {
   const Place at = place<kTeam>();
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(kMostThreads)
   }
   if (!out.dlogits) return;
   const RowGradient g(in, target, maximum, exp_sum, out.dloss[at.row]);
-  store_gradient<T, kWidth, kTeam>(in, g, used, at, x, out.dlogits);
+  store_gradient<T, D, kWidth, kTeam>(in, g, used, at, x, out);
 }
 
 constexpr int kTotalThreads = 1024;  // one block: 4 loads of each thread hide the memory's latency
@@ -201,12 +203,12 @@ __global__ void __launch_bounds__(kWarpThreads)
   });
 }
 
-template <class T>
+template <class T, class D>
 void row_losses(const Context& context, const CrossEntropyInput& in, const RowLosses& out) {
-  const bool wide = wide_rows<T>(in.cols, {{in.logits, in.logits_stride}, {out.dlogits}});
-  with_width<T>(wide, [&]<int kWidth>() {
+  const bool wide = wide_rows<D>(in.cols, {{in.logits, in.logits_stride}, {out.dlogits, out.dlogits_stride}});
+  with_width<D>(wide, [&]<int kWidth>() {
     with_team<kItems, kMostThreads>(in.cols, [&]<Team kTeam>(int threads) {
-      launch("cross_entropy", context, row_losses_kernel<T, kWidth, kTeam>,
+      launch("cross_entropy", context, row_losses_kernel<T, D, kWidth, kTeam>,
              blocks_for<kTeam>(in.rows, threads), threads, 0, in, out);
     });
   });
@@ -217,8 +219,7 @@ void row_losses(const Context& context, const CrossEntropyInput& in, const RowLo
 void cross_entropy_forward(const Context& context, const CrossEntropyForward& a) {
   const bool each = a.in.reduction == Reduction::kNone;
   with_device_dtype(a.in.dtype, [&]<class T>() {
-    row_losses<T>(context, a.in,
-                  {a.row_loss, a.maximum, a.exp_sum, each ? a.loss : nullptr, nullptr, nullptr});
+    row_losses<T, T>(context, a.in, {a.row_loss, a.maximum, a.exp_sum, each ? a.loss : nullptr});
     launch("cross_entropy", context, add_rows_kernel<T>, 1, kTotalThreads, 0, a.in, a.row_loss,
            each ? nullptr : static_cast<T*>(a.loss), a.count);
   });
@@ -235,10 +236,12 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
   });
 }
 
-void cross_entropy_in_place(const Context& context, const CrossEntropyInPlace& a) {
-  row_losses<float>(
-      context, a.in,
-      {a.row_loss, a.maximum, a.exp_sum, nullptr, a.dloss, a.dloss ? static_cast<void*>(a.logits) : nullptr});
+void cross_entropy_at_once(const Context& context, const CrossEntropyAtOnce& a) {
+  with_device_dtype(a.dlogits_dtype, [&]<class D>() {
+    void* const dlogits = a.dloss ? a.dlogits : nullptr;
+    row_losses<float, D>(context, a.in,
+                         {a.row_loss, a.maximum, a.exp_sum, nullptr, a.dloss, dlogits, a.dlogits_stride});
+  });
 }
 
 }  // namespace fastlm

@@ -52,12 +52,15 @@ def _loss_dtype(x, widened):
     return torch.float32 if widened else x.dtype
 
 
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """Of the gradients that forward computes: bfloat16's own; float16's range holds them only when scaled."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
 def _fake_forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, widened, early):
     loss = x.new_empty(target.shape if reduction == "none" else (), dtype=_loss_dtype(x, widened))
-    shapes = x.shape, weight.shape, weight.shape[:1]
-    return loss, *(
-        x.new_empty(shape if e else (0,), dtype=torch.float32) for shape, e in zip(shapes, early, strict=True)
-    )
+    shapes, kept = (x.shape, weight.shape, weight.shape[:1]), {"dtype": kept_dtype(x)}
+    return loss, *(x.new_empty(shape if e else (0,), **kept) for shape, e in zip(shapes, early, strict=True))
 
 
 def _fake_backward(dloss, x, weight, *rest):
@@ -97,12 +100,16 @@ def linear_cross_entropy(
     reduction: Literal["none", "sum", "mean"] = "mean",
     backend: Literal["cuda", "triton", "cpu", "reference"] | None = None,
 ) -> Tensor:
-    """Cross-entropy of logits = x @ weight.T + bias in the memory of at most 512 rows of logits.
+    """Cross-entropy of logits = x @ weight.T + bias, of which only some rows exist at once.
+
+    On a CPU 512 rows at most. On a GPU 2048, 512 MB, and in half precision the gradients of four times as
+    many, 1 GB; beside them the weight's gradient exists in float32 too where rows are more than that.
 
     The loss of fastlm.ops.cross_entropy; differentiable in x, weight and bias. With "mean" and "sum" the
     gradients are computed along with the loss, while a chunk's logits are there, and scaled in backward;
-    "none" computes the logits a second time. Rows that are ignored cost nothing. Half precision is computed
-    in float32. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts.
+    "none" computes the logits a second time. Rows that are ignored cost nothing on a CPU. Half precision is
+    computed in float32; bfloat16's gradients are rounded when they are computed, and when they are scaled.
+    Under autocast x, weight and bias are cast as torch.nn.functional.linear casts.
 
     Args:
         x: float32, float16, bfloat16 or float64, shape [..., in].

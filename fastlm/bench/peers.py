@@ -1,4 +1,7 @@
-"""What else computes an op on a GPU: FlexAttention, flash-attn and Liger-Kernel, as sides beside torch's.
+"""What else computes an op on a GPU: FlexAttention, FlashAttention-2, Liger-Kernel, as sides beside torch's.
+
+FlashAttention-2 twice: the package flash-attn, where it is installed, and torch's own build of it, which SDPA
+takes only where cuDNN's kernels do not.
 
 Each peer gets its inputs in the layout that it wants, made before the timing. Those that write into their
 inputs (Liger-Kernel's losses put gradients there) get copies of their own.
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from .workload import Baseline
 
-PEERS = ("flex", "flash_attn", "liger")
+PEERS = ("flex", "sdpa_flash", "flash_attn", "liger")
 PACKAGES = {"flash_attn": ("flash_attn", "flash-attn"), "liger": ("liger_kernel", "liger-kernel")}
 
 
@@ -97,11 +100,28 @@ def _flex_packed() -> Baseline:
     return _flex(_same_sequence, given, _one_batch, _packed_again)
 
 
-def _flex_cached() -> Baseline:
-    def given(arguments: dict) -> dict:  # all caches are full: no mask is needed
-        return {"q": arguments["q"], "k": arguments["k_cache"], "v": arguments["v_cache"]}
+def _whole_caches(arguments: dict) -> dict:
+    """All caches are full: no mask is needed."""
+    return {"q": arguments["q"], "k": arguments["k_cache"], "v": arguments["v_cache"]}
 
-    return _flex(lambda arguments: None, given)
+
+def _flex_cached() -> Baseline:
+    return _flex(lambda arguments: None, _whole_caches)
+
+
+def _sdpa_flash() -> Baseline:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def call(q, k, v, causal=False, dropout_p=0.0):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+
+    return Baseline(call)
+
+
+def _sdpa_flash_cached() -> Baseline:
+    return Baseline(_sdpa_flash().call, _whole_caches)
 
 
 def _flash_attention() -> Baseline:
@@ -161,13 +181,18 @@ def _liger(name: str, *order: str, **options) -> Baseline:
     return Baseline(call, _copies)
 
 
+_DENSE = {"sdpa_flash": _sdpa_flash, "flash_attn": _flash_attention}
 _PEERS: dict[tuple[str, str], dict[str, Callable[[], Baseline]]] = {
-    ("attention", "gpt2_causal"): {"flex": partial(_flex, _causal), "flash_attn": _flash_attention},
-    ("attention", "long_causal"): {"flex": partial(_flex, _causal), "flash_attn": _flash_attention},
-    ("attention", "causal_dropout"): {"flash_attn": _flash_attention},  # FlexAttention has no dropout
+    ("attention", "gpt2_causal"): {"flex": partial(_flex, _causal), **_DENSE},
+    ("attention", "long_causal"): {"flex": partial(_flex, _causal), **_DENSE},
+    ("attention", "causal_dropout"): _DENSE,  # FlexAttention has no dropout
     ("attention", "half_lengths"): {"flex": partial(_flex, _within_lengths)},
     ("attention_varlen", "16_to_256_tokens"): {"flex": _flex_packed, "flash_attn": _flash_varlen},
-    ("decode_attention", "cached"): {"flex": _flex_cached, "flash_attn": _flash_cached},
+    ("decode_attention", "cached"): {
+        "flex": _flex_cached,
+        "sdpa_flash": _sdpa_flash_cached,
+        "flash_attn": _flash_cached,
+    },
     ("rope", "tinyllama"): {"flash_attn": _flash_rope},
     ("layer_norm", "gpt2"): {"liger": partial(_liger, "layer_norm", "x", "weight", "bias", eps=1e-5)},
     # in_place would overwrite the gradient that all rounds share

@@ -40,7 +40,8 @@ def bench(
     model: _many("Only this model: gpt2, gpt2_dropout, stress") = None,
     backend: _many("fastlm's backend; by default what it chooses") = None,
     baseline: _many(
-        "eager, sdpa, compile, and on a GPU flex, flash_attn, liger; by default eager and sdpa, on a GPU all"
+        "eager, sdpa, compile, on a GPU flex, sdpa_flash, flash_attn, liger;"
+        " by default eager and sdpa, on a GPU all"
     ) = None,
     dtype: _many("f32, bf16, f16, f64; by default each workload's own") = None,
     direction: _many("forward, or both: forward + backward") = None,

@@ -2,10 +2,11 @@
 
 Rows are taken in chunks: torch's matmul writes a chunk's logits, float32 of operands in their own dtype; the
 kernel of cross_entropy.py turns them into losses and gradients; two more of torch's matmuls add these to dx
-and dweight. Gradients meet the matmuls rounded to x's dtype. Ignored rows are zeros there: only the GPU knows
-which they are. Bound by the FLOPs of three matmuls, 6 rows in classes; beside them a logit's 4 bytes are
-written once and read twice, and its gradient is written once and read twice. Source: cross_entropy's; chunks
-and the gradient in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3.2.
+and dweight, in half precision those of several chunks together. Gradients meet the matmuls rounded to x's
+dtype. Ignored rows are zeros there: only the GPU knows which they are. Bound by the FLOPs of three matmuls, 6
+rows in classes; beside them a logit's 4 bytes are written once and read twice, and its gradient is written
+once and read twice. Source: cross_entropy's; chunks and the gradient in forward: Hsu et al., "Liger Kernel",
+https://arxiv.org/abs/2410.10989, section 3.2.
 """
 
 from contextlib import nullcontext
@@ -15,12 +16,15 @@ import torch
 from ._config import cdiv
 from .cross_entropy import add_up, write_row_losses
 
-# Of a chunk: adding its share to dweight moves 8 bytes a weight, on an H200 as long as products of 700 rows.
-# In chunks of 512 rows 7 matmuls that add to dweight took 11.2 ms there, the first, which only writes, 1.1.
-ROWS = 2048
+ROWS = 2048  # of a chunk at most
 ELEMENTS = 1 << 27  # of its logits at most, 512 MB: more classes, fewer rows in a chunk
-
-
+# Chunks whose gradients wait for one another, in half precision: each addition to dweight moves 8 bytes a
+# weight, on an H200 as long as the products of 700 rows. In chunks of 512 rows 7 matmuls that add to dweight
+# took 11.2 ms there, the first, which only writes, 1.1.
+GROUP = 4
+# Weights from which on dweight may be the matmul's own result in half precision: of fewer cuBLAS may split a
+# sum, and add its parts in half precision.
+UNSPLIT = 1 << 23
 EVEN = 16  # where a size or a stride is odd, cuBLAS takes kernels for any alignment
 
 
@@ -39,45 +43,57 @@ def chunk_rows(rows: int, classes: int) -> int:
     return max(cdiv(rows, max(cdiv(rows, most), 1)), 1)
 
 
+def kept_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of the gradients that forward computes: bfloat16's own; float16's range holds them only when scaled."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
 def _outside_autocast(device: torch.device):
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: bool) -> None:
-    """out = a @ b, plus out if `keep`; out float32, a and b of one dtype."""
+    """out = a @ b, plus out if `keep`; a, b of one dtype; out float32, or of theirs if nothing is kept."""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, beta=int(keep), out=out)
-    elif a.is_cuda:
+    elif a.is_cuda and out.dtype == torch.float32:
         torch.addmm(out, a, b, torch.float32, beta=int(keep), out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out=out)
     else:  # the same sums: products of halves are exact in float32
-        torch.addmm(out, a.float(), b.float(), beta=int(keep), out=out)
+        sums = out if out.dtype == torch.float32 else out.float()
+        out.copy_(torch.addmm(sums, a.float(), b.float(), beta=int(keep)))
 
 
-def _gradients_of(chunk, weight, dlogits, ignored, first: bool, dx, dweight, dbias) -> None:
-    """Writes a chunk's dx, adds to dbias and to dweight (writes it if it is the first); None: not wanted."""
+def _gradients_of(rows, weight, dlogits, ignored, first: bool, dx, dweight, dbias) -> None:
+    """Writes a group's dx, adds to dbias and to dweight (writes it if it is the first); None: not wanted."""
     for part in class_parts(len(weight)):
         share = dlogits[:, part]
         if dx is not None:
             _add_product(dx, share, weight[part], part.start > 0)
         if dweight is not None:
-            _add_product(dweight[part], share.t(), chunk, not first)
+            _add_product(dweight[part], share.t(), rows, not first)
     if dx is not None:
-        dx.masked_fill_(ignored, 0)
+        dx.masked_fill_(ignored, 0)  # 0 times an infinite weight is NaN
     if dbias is not None:
         dbias.add_(dlogits.sum(0, dtype=torch.float32))
 
 
 def _run(x, weight, bias, target, options, dloss, needs):
-    """(losses, dx, dweight, dbias), float32, those not wanted empty.
+    """(losses, float32; dx, dweight, dbias, float32 or of kept_dtype, those not wanted empty).
 
     target: [rows], contiguous. options: (ignore_index, label_smoothing, z_loss). dloss: float32, of each row
     or one for all; None: 1.
     """
     (classes, size), n, any_needs = weight.shape, target.numel(), any(needs)
-    floats = {"dtype": torch.float32, "device": x.device}
+    floats, in_place = {"dtype": torch.float32, "device": x.device}, x.dtype == torch.float32
+    step = chunk_rows(n, classes)
+    group = min(max(n, 1), GROUP * step) if any_needs and not in_place else step
     losses, sizes = torch.empty(n, **floats), ((n, size), (classes, size), (classes,))
     made = [torch.empty(s, **floats) if need else None for s, need in zip(sizes, needs, strict=True)]
+    if needs[1] and n <= group and classes * size >= UNSPLIT:
+        made[1] = torch.empty(sizes[1], dtype=kept_dtype(x), device=x.device)
     if needs[1] and n == 0:
         made[1].zero_()
     if needs[2]:
@@ -85,23 +101,26 @@ def _run(x, weight, bias, target, options, dloss, needs):
     late = None  # float16 holds the gradients of a row's loss, not of that over a million or scaled up
     if dloss is not None and dloss.dim() == 0 and x.dtype == torch.float16:
         late, dloss = dloss, None
-    rows, step = x.reshape(n, size), chunk_rows(n, classes)
-    logits = torch.empty((step, EVEN * cdiv(classes, EVEN)), **floats)
-    dlogits = logits if x.dtype == torch.float32 else torch.empty_like(logits, dtype=x.dtype)
+    pitch = EVEN * cdiv(classes, EVEN)
+    logits = torch.empty((step, pitch), **floats)
+    dlogits = logits if in_place else x.new_empty((group if any_needs else 0, pitch))
     logits, dlogits = logits[:, :classes], dlogits[:, :classes]
-    for begin in range(0, n, step):
-        part = slice(begin, min(begin + step, n))
-        ignored = (target[part] == options[0]).unsqueeze(-1)
-        chunk, count = rows[part].masked_fill(ignored, 0), part.stop - begin
-        for classes_of in class_parts(classes):
-            _add_product(logits[:count, classes_of], chunk, weight[classes_of].t(), False)
-        gradient = dlogits[:count] if any_needs else None
-        each = dloss[part] if dloss is not None and dloss.dim() else dloss
-        to = {"bias": bias, "dlogits": gradient, "dloss": each}
-        write_row_losses(logits[:count], target[part], losses[part], options, **to)
+    for start in range(0, n, group):
+        end = min(start + group, n)
+        ignored = (target[start:end] == options[0]).unsqueeze(-1)
+        rows = x.reshape(n, size)[start:end].masked_fill(ignored, 0)
+        for begin in range(start, end, step):
+            part = slice(begin, min(begin + step, end))
+            chunk, here = rows[begin - start : part.stop - start], logits[: part.stop - begin]
+            for classes_of in class_parts(classes):
+                _add_product(here[:, classes_of], chunk, weight[classes_of].t(), False)
+            gradient = dlogits[begin - start : part.stop - start] if any_needs else None
+            each = dloss[part] if dloss is not None and dloss.dim() else dloss
+            to = {"bias": bias, "dlogits": gradient, "dloss": each}
+            write_row_losses(here, target[part], losses[part], options, **to)
         if any_needs:
-            dx = made[0][part] if needs[0] else None
-            _gradients_of(chunk, weight, gradient, ignored, begin == 0, dx, *made[1:])
+            dx = made[0][start:end] if needs[0] else None
+            _gradients_of(rows, weight, dlogits[: end - start], ignored, start == 0, dx, *made[1:])
     if late is not None:
         made = [g if g is None else g.mul_(late) for g in made]
     dx, dweight, dbias = (torch.empty(0, **floats) if g is None else g for g in made)
@@ -124,6 +143,7 @@ def forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, redu
         mean = reduction == "mean" and any(early) and targets.numel() > 0
         dloss = _divided(None, targets, ignore_index) if mean else None
         losses, *gradients = _run(x, weight, bias, targets, options, dloss, early)
+        gradients = [g.to(kept_dtype(x)) for g in gradients]
         if reduction == "none":
             return losses.to(dtype).view(target.shape), *gradients
         loss = torch.zeros((), dtype=dtype, device=x.device)
@@ -141,8 +161,11 @@ def backward(
     dloss = dloss.float().contiguous()
     with _outside_autocast(x.device):
         if all(e or not n for e, n in zip(early, needs, strict=True)):
+            factor = dloss.view(1)  # of no axis, it would be rounded to the unit's type
             units = zip((unit_dx, unit_dweight, unit_dbias), needs, strict=True)
-            return tuple((u * dloss if n else u.new_empty((0,))).to(x.dtype) for u, n in units)
+            return tuple(
+                torch.mul(u, factor, out=x.new_empty(u.shape)) if n else x.new_empty((0,)) for u, n in units
+            )
         targets = target.flatten().contiguous()
         if reduction == "mean" and targets.numel():
             dloss = _divided(dloss, targets, ignore_index)

@@ -1,5 +1,7 @@
 """Cases of linear_cross_entropy."""
 
+import torch
+
 from . import Case
 
 DIFFERENTIABLE = ("x", "weight", "bias")
@@ -55,4 +57,7 @@ CASES = [
     Case("tens-apart", lambda d: _inputs(d, 6, 24, scale=30.0)),
     Case("hundreds-apart", lambda d: _inputs(d, 6, 24, scale=300.0, label_smoothing=0.1)),
     Case("nan", _nan),
+    # on GPUs: dweight as its matmul's own result; more rows than gradients wait for
+    Case("large-weight", lambda d: _inputs(d, 4, 8192, classes=1024), dtypes=(torch.bfloat16,)),
+    Case("more-rows", lambda d: _inputs(d, 8200, 8, classes=5, ignored=0.1), dtypes=(torch.bfloat16,)),
 ]
