@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastlm.bench import plots, report
+from fastlm.bench import plan, plots, report
+from fastlm.bench.options import Options
 from fastlm.bench.trial import tried
 
 H200 = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200-2026-11-26.json"
@@ -33,6 +34,21 @@ def test_a_backend_that_refuses_is_noted_where_another_runs():
 def test_where_every_backend_refuses_the_first_ones_reason_is_raised():
     with pytest.raises(NotImplementedError, match="attention.cuda takes heads"):
         tried({"eager": _running, "fastlm.cuda": _refusing, "fastlm.triton": _refusing}, "cpu")
+
+
+def test_models_take_one_backend_or_each_ops_first(monkeypatch):
+    asked = []
+
+    def builders(gpt, device, baseline, backends):
+        asked.append(backends)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan.models, "builders", builders)
+    for given in ([], ["cpu"], ["cuda", "triton"]):
+        (_, job), *_ = plan.table(Options(model=["gpt2"], backend=given, baseline=[], parts=["table"]), {})
+        with pytest.raises(KeyboardInterrupt):
+            job()
+    assert asked == [[None], ["cpu"], [None]]
 
 
 def test_a_share_of_no_memory_is_left_out():

@@ -64,12 +64,13 @@ inline int64_t chunk_rows(int64_t rows, int64_t classes) {
 }
 
 // A chunk's losses and, where dloss [rows] is not null, the gradient of its logits [rows, classes], float32,
-// whose rows may be farther apart. dlogits: for that gradient; may be the logits, undefined without one.
-// sums: float32, room for 2 * rows.
-inline void losses_at_once(const Tensor& logits, const int64_t* target, const LossOptions& options,
-                           const float* dloss, const Tensor& dlogits, float* losses, const Tensor& sums) {
+// whose rows may be farther apart. bias: added to them, or undefined. dlogits: for that gradient, may be the
+// logits; undefined without one. sums: float32, room for 2 * rows.
+inline void losses_at_once(const Tensor& logits, const Tensor& bias, const int64_t* target,
+                           const LossOptions& options, const float* dloss, const Tensor& dlogits,
+                           float* losses, const Tensor& sums) {
   const int64_t rows = logits.size(0);
-  const bool wanted = dloss != nullptr;
+  const bool wanted = dlogits.defined();
   cross_entropy_at_once(context_of(logits),
                         {.in = {.dtype = DType::kFloat32,
                                 .rows = rows,
@@ -81,8 +82,11 @@ inline void losses_at_once(const Tensor& logits, const int64_t* target, const Lo
                                 .label_smoothing = static_cast<float>(options.label_smoothing),
                                 .z_loss = static_cast<float>(options.z_loss),
                                 .reduction = Reduction::kNone},
+                         .dtype = bias.defined() ? dtype_of(bias)
+                                  : wanted       ? dtype_of(dlogits)
+                                                 : DType::kFloat32,
+                         .bias = bias.defined() ? bias.const_data_ptr() : nullptr,
                          .dloss = dloss,
-                         .dlogits_dtype = wanted ? dtype_of(dlogits) : DType::kFloat32,
                          .dlogits = wanted ? dlogits.mutable_data_ptr() : nullptr,
                          .dlogits_stride = wanted ? dlogits.stride(0) : 0,
                          .row_loss = losses,

@@ -81,7 +81,7 @@ void run_chunks(const Problem& p, const Tensor& rows, const int64_t* targets, co
     const int64_t count = std::min(step, n - begin);
     const Tensor chunk = part(rows, 0, begin, count), scores = part(memory, 0, 0, count);
     logits_of(chunk, weight, bias, scores);
-    losses_at_once(scores, targets + begin, p.options, dloss ? dloss + begin : nullptr, scores,
+    losses_at_once(scores, Tensor(), targets + begin, p.options, dloss ? dloss + begin : nullptr, scores,
                    to.losses.mutable_data_ptr<float>() + begin, sums);
     add_gradients(scores, chunk, weight, begin == 0, dx.defined() ? part(dx, 0, begin, count) : dx, to);
   }

@@ -95,7 +95,7 @@ void run_chunks(const Problem& p, const Tensor& each, Tensor dx, Results& to) {
   const int64_t n = p.target.numel(), classes = p.weight.size(0), step = chunk_rows(n, classes);
   const int64_t group = group_rows(p, each.defined()), pitch = pitch_of(classes);
   const Tensor all_rows = shaped(p.x, {n, p.x.size(-1)});
-  const Tensor bias = given(p.bias) ? cast(*p.bias, at::kFloat) : Tensor();
+  const Tensor bias = given(p.bias) ? p.bias->contiguous() : Tensor();
   const Tensor memory = new_tensor({step, pitch}, at::kFloat), sums = new_tensor({2 * step}, at::kFloat);
   const bool in_place = p.x.scalar_type() == at::kFloat;
   const Tensor halves = new_tensor({group, pitch}, p.x.scalar_type(), each.defined() && !in_place);
@@ -109,13 +109,12 @@ void run_chunks(const Problem& p, const Tensor& each, Tensor dx, Results& to) {
     const Tensor rows = part(all_rows, 0, start, size).masked_fill(ignored, 0);
     for (int64_t begin = 0; begin < size; begin += step) {
       const int64_t count = std::min(step, size - begin), row = start + begin;
-      Tensor logits = rows_of(memory, 0, count);
-      if (bias.defined()) logits.copy_(bias.expand_as(logits));
+      const Tensor logits = rows_of(memory, 0, count);
       for_parts(classes, [&](int64_t first, int64_t some) {
         add_product(part(logits, 1, first, some), part(rows, 0, begin, count),
-                    part(p.weight, 0, first, some).t(), bias.defined());
+                    part(p.weight, 0, first, some).t(), false);
       });
-      losses_at_once(logits, p.target.const_data_ptr<int64_t>() + row, p.options,
+      losses_at_once(logits, bias, p.target.const_data_ptr<int64_t>() + row, p.options,
                      each.defined() ? each.const_data_ptr<float>() + row : nullptr,
                      each.defined() ? rows_of(gradients, begin, count) : Tensor(),
                      to.losses.mutable_data_ptr<float>() + row, sums);

@@ -43,13 +43,14 @@ struct CrossEntropyBackward {
 };
 void cross_entropy_backward(const Context& context, const CrossEntropyBackward& a);
 
-// Both of rows of float32 at once: row_loss and, where dloss is given, dlogits with d = dloss[row].
-// linear_cross_entropy runs it between its matmuls.
+// Both of rows of float32 at once, of logits + bias: row_loss and, where dloss is given, dlogits with d =
+// dloss[row]. linear_cross_entropy runs it between its matmuls.
 struct CrossEntropyAtOnce {
   CrossEntropyInput in;
+  DType dtype;         // of bias and dlogits: on a CPU float32
+  const void* bias;    // [cols]; may be null, on a CPU it is
   const float* dloss;  // [rows]; may be null
-  DType dlogits_dtype;
-  void* dlogits;  // float32: may be the logits, with their stride. On a CPU it is
+  void* dlogits;       // if float32, may be the logits, with their stride; on a CPU it is
   int64_t dlogits_stride;
   float *row_loss, *maximum, *exp_sum;  // [rows]
 };

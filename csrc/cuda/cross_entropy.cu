@@ -7,6 +7,8 @@
 // columns, one pass. Both at once, for linear_cross_entropy: a block writes a row's gradient as soon as it
 // has its loss, from registers, or from the second-level cache. Of ignored rows nothing is read. Bound by
 // bytes: logits in; logits in, dlogits out.
+#include <type_traits>
+
 #include "../contract/cross_entropy.h"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -17,13 +19,18 @@ namespace {
 constexpr int kItems = 16;         // elements a thread: two loads of 16 bytes of half precision
 constexpr int kMostThreads = 512;  // with 128 registers each
 
-// What row_losses_kernel writes: losses of rows, what backward needs, and gradients where they are wanted.
+// What row_losses_kernel writes: losses of rows, and what backward needs.
 struct RowLosses {
   float *row_loss, *maximum, *exp_sum;  // [rows]
-  void* loss;                           // of the logits' type [rows], or null
-  const float* dloss;                   // [rows], or null: no dlogits
-  void* dlogits = nullptr;              // may be the logits; null where dloss is
-  int64_t dlogits_stride = 0;
+  void* loss = nullptr;                 // of the logits' type [rows], or null
+};
+
+// What it takes and writes beside them for linear_cross_entropy; bias and dlogits are of one type.
+struct WithGradients {
+  const void* bias = nullptr;    // [cols], added to the logits, or null
+  const float* dloss = nullptr;  // [rows], or null: no dlogits
+  void* dlogits = nullptr;       // may be the logits
+  int64_t stride = 0;            // of dlogits
 };
 
 // An ignored row's target, and one that is no class, is never used as an index.
@@ -96,14 +103,30 @@ __device__ float loss_of(const CrossEntropyInput& in, float picked, float shift,
   return loss;
 }
 
+// Adds the bias of a thread's elements, if there is one.
+template <class D, int kWidth>
+__device__ void add_bias(const WithGradients& with, const Place& at, int64_t start, int64_t cols,
+                         float (&x)[kItems]) {
+  if (!with.bias) return;
+  for_items<kWidth, kItems>(at, start, cols, [&](int i, int64_t col) {
+    float of_items[kWidth];
+    load(static_cast<const D*>(with.bias) + col, of_items);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x[i + k] += of_items[k];
+  });
+}
+
 // Writes a row's gradient; x are its elements where a thread still holds all that it takes.
 template <class T, class D, int kWidth, Team kTeam>
-__device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g, bool used, const Place& at,
-                               float (&x)[kItems], const RowLosses& out) {
+__device__ void store_gradient(const CrossEntropyInput& in, const WithGradients& with, const RowGradient& g,
+                               bool used, const Place& at, float (&x)[kItems]) {
   const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
-  D* to = row_at<D>(out.dlogits, out.dlogits_stride, at.row);
+  D* to = row_at<D>(with.dlogits, with.stride, at.row);
   for (int64_t start = 0; start < in.cols; start += at.threads * kItems) {
-    if (kTeam == Team::kLoop && used) load_items<kWidth>(logits, at, start, in.cols, x);
+    if (kTeam == Team::kLoop && used) {
+      load_items<kWidth>(logits, at, start, in.cols, x);
+      add_bias<D, kWidth>(with, at, start, in.cols, x);
+    }
     for_items<kWidth, kItems>(at, start, in.cols, [&](int i, int64_t col) {
       float values[kWidth] = {};
       if (used) {
@@ -117,26 +140,31 @@ __device__ void store_gradient(const CrossEntropyInput& in, const RowGradient& g
   }
 }
 
-// T: of the logits; D: of their gradient, the narrower.
+// T: of the logits. D: of bias and dlogits, or void: neither is there.
 template <class T, class D, int kWidth, Team kTeam>
 __global__ void __launch_bounds__(kMostThreads)
-    row_losses_kernel(const CrossEntropyInput in, const RowLosses out) {
+    row_losses_kernel(const CrossEntropyInput in, const RowLosses out, const WithGradients with) {
+  constexpr bool kAtOnce = !std::is_void_v<D>;
   const Place at = place<kTeam>();
   if (at.row >= in.rows) return;
   const int64_t target = in.target[at.row];
   const bool used = is_used(in, target);
   const T* logits = row_at<T>(in.logits, in.logits_stride, at.row);
-  const float picked = used ? as_float(logits[target]) : 0;
+  float picked = used ? as_float(logits[target]) : 0;
+  if constexpr (kAtOnce) {
+    if (used && with.bias) picked += as_float(static_cast<const D*>(with.bias)[target]);
+  }
   // mean(x) is taken around x_t, so that it is as exact as the differences; if that is -inf the loss is inf
   const float shift = fabsf(picked) < INFINITY ? picked : 0;
   float x[kItems];
   RowSums row;
   for (int64_t start = 0; used && start < in.cols; start += at.threads * kItems) {
     load_items<kWidth>(logits, at, start, in.cols, x, -INFINITY);
+    if constexpr (kAtOnce) add_bias<D, kWidth>(with, at, start, in.cols, x);
     add_items<kWidth>(at, start, in.cols, in.label_smoothing > 0, shift, x, row);
     if (kTeam != Team::kLoop) break;
   }
-  if constexpr (kTeam == Team::kWarp) __syncwarp();  // x_t is read before its gradient takes its place
+  if constexpr (kAtOnce && kTeam == Team::kWarp) __syncwarp();  // x_t is read before its gradient is written
   const float maximum = used ? team_max<kTeam>(row.maximum) : 0;
   float sums[2] = {row.exps * exp_of(row.maximum - shift_of(maximum)), row.shifted};
   if (used) team_all<kTeam>(sums, Add{});
@@ -148,9 +176,11 @@ __global__ void __launch_bounds__(kMostThreads)
     out.row_loss[at.row] = loss, out.maximum[at.row] = maximum, out.exp_sum[at.row] = exp_sum;
     if (out.loss) static_cast<T*>(out.loss)[at.row] = rounded_to<T>(loss);
   }
-  if (!out.dlogits) return;
-  const RowGradient g(in, target, maximum, exp_sum, out.dloss[at.row]);
-  store_gradient<T, D, kWidth, kTeam>(in, g, used, at, x, out);
+  if constexpr (kAtOnce) {
+    if (!with.dloss) return;
+    const RowGradient g(in, target, maximum, exp_sum, with.dloss[at.row]);
+    store_gradient<T, D, kWidth, kTeam>(in, with, g, used, at, x);
+  }
 }
 
 constexpr int kTotalThreads = 1024;  // one block: 4 loads of each thread hide the memory's latency
@@ -203,13 +233,16 @@ __global__ void __launch_bounds__(kWarpThreads)
   });
 }
 
-template <class T, class D>
-void row_losses(const Context& context, const CrossEntropyInput& in, const RowLosses& out) {
-  const bool wide = wide_rows<D>(in.cols, {{in.logits, in.logits_stride}, {out.dlogits, out.dlogits_stride}});
-  with_width<D>(wide, [&]<int kWidth>() {
+// Narrow: the type of which an access has most elements.
+template <class T, class D, class Narrow>
+void row_losses(const Context& context, const CrossEntropyInput& in, const RowLosses& out,
+                const WithGradients& with) {
+  const bool wide =
+      wide_rows<Narrow>(in.cols, {{in.logits, in.logits_stride}, {with.bias}, {with.dlogits, with.stride}});
+  with_width<Narrow>(wide, [&]<int kWidth>() {
     with_team<kItems, kMostThreads>(in.cols, [&]<Team kTeam>(int threads) {
       launch("cross_entropy", context, row_losses_kernel<T, D, kWidth, kTeam>,
-             blocks_for<kTeam>(in.rows, threads), threads, 0, in, out);
+             blocks_for<kTeam>(in.rows, threads), threads, 0, in, out, with);
     });
   });
 }
@@ -219,7 +252,7 @@ void row_losses(const Context& context, const CrossEntropyInput& in, const RowLo
 void cross_entropy_forward(const Context& context, const CrossEntropyForward& a) {
   const bool each = a.in.reduction == Reduction::kNone;
   with_device_dtype(a.in.dtype, [&]<class T>() {
-    row_losses<T, T>(context, a.in, {a.row_loss, a.maximum, a.exp_sum, each ? a.loss : nullptr});
+    row_losses<T, void, T>(context, a.in, {a.row_loss, a.maximum, a.exp_sum, each ? a.loss : nullptr}, {});
     launch("cross_entropy", context, add_rows_kernel<T>, 1, kTotalThreads, 0, a.in, a.row_loss,
            each ? nullptr : static_cast<T*>(a.loss), a.count);
   });
@@ -237,10 +270,9 @@ void cross_entropy_backward(const Context& context, const CrossEntropyBackward& 
 }
 
 void cross_entropy_at_once(const Context& context, const CrossEntropyAtOnce& a) {
-  with_device_dtype(a.dlogits_dtype, [&]<class D>() {
-    void* const dlogits = a.dloss ? a.dlogits : nullptr;
-    row_losses<float, D>(context, a.in,
-                         {a.row_loss, a.maximum, a.exp_sum, nullptr, a.dloss, dlogits, a.dlogits_stride});
+  with_device_dtype(a.dtype, [&]<class D>() {
+    row_losses<float, D, D>(context, a.in, {a.row_loss, a.maximum, a.exp_sum},
+                            {a.bias, a.dloss, a.dlogits, a.dlogits_stride});
   });
 }
 

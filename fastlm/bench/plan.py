@@ -118,16 +118,21 @@ def _peaks(workload: Workload, row: Row, best: str | None, options: Options) -> 
     return {"peaks_mb": mb}
 
 
+def _of_models(options: Options) -> list[str | None]:
+    """A model takes one backend, or each op's first where several are asked for, as users' models do."""
+    return options.backend if len(options.backend) == 1 else [None]
+
+
 def _model(gpt: models.Gpt, options: Options, found: dict) -> None:
-    made = models.builders(gpt, options.device, options.baseline, options.backend or [None])
+    made = models.builders(gpt, options.device, options.baseline, _of_models(options))
     steps, _ = _steps(gpt.title, made, options, found)
     row = models.row_of_steps(gpt, steps)
     _add(found, options, measured(row, options.device, options.rounds))
 
 
 def _stress(options: Options, found: dict) -> None:
-    backends = options.backend or [None]
-    _add(found, options, *models.stress_rows(options.device, options.baseline, backends, options.rounds))
+    given = options.device, options.baseline, _of_models(options), options.rounds
+    _add(found, options, *models.stress_rows(*given))
 
 
 def sweeping(options: Options, found: dict) -> Jobs:

@@ -108,8 +108,13 @@ def _ratios(found: dict):
     axes.set(
         xlabel="times as fast as the best baseline, named after the stroke;\nlines: the rounds' quartiles"
     )
-    axes.set_title(f"fastlm against the best of torch\n{_machine(found)}", fontsize=10)
+    axes.set_title(f"fastlm against the best of the others\n{_machine(found)}", fontsize=10)
     return figure
+
+
+def _fastest(row: dict) -> str:
+    """The side of fastlm's that took least."""
+    return min(row["ratios"], key=lambda side: row["sides"][side]["median_s"])
 
 
 def _peers(found: dict):
@@ -119,7 +124,7 @@ def _peers(found: dict):
     marks = {"eager": "o", "sdpa": "o", "compile": "s", "flex": "^", "sdpa_flash": "d", "flash_attn": "D"}
     marks |= {"liger": "v"}
     for name, mark in marks.items():
-        found_at = [(i, next(iter(row["ratios"].values()))) for i, row in enumerate(rows)]
+        found_at = [(i, row["ratios"][_fastest(row)]) for i, row in enumerate(rows)]
         points = [(by[name]["of_medians"], i) for i, by in found_at if name in by]
         if points:
             axes.plot(*zip(*points, strict=True), mark, label=name, markersize=6, alpha=0.8)
@@ -129,7 +134,7 @@ def _peers(found: dict):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=8)
-    axes.set(xlabel="times as fast as each baseline")
+    axes.set(xlabel="times as fast as each baseline; of several backends of fastlm's the fastest")
     axes.set_title(f"fastlm against each of the others\n{_machine(found)}", fontsize=10)
     return figure
 

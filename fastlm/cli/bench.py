@@ -38,7 +38,9 @@ def bench(
     op: _many("Only this op") = None,
     workload: Part = "",
     model: _many("Only this model: gpt2, gpt2_dropout, stress") = None,
-    backend: _many("fastlm's backend; by default what it chooses") = None,
+    backend: _many(
+        "fastlm's backend; by default, and of models where several are given, what it chooses"
+    ) = None,
     baseline: _many(
         "eager, sdpa, compile, on a GPU flex, sdpa_flash, flash_attn, liger;"
         " by default eager and sdpa, on a GPU all"

@@ -239,8 +239,8 @@ def _dq_kernel(
             total, mixed, top = total * shrink + tl.sum(p, 1), mixed * shrink + _row_sums(p, dp), higher
         empty = total == 0
         base = tl.where(empty, float("inf"), top)  # of an empty row every weight is 0
-        inverse = tl.where(empty, 0.0, 1.0 / total)
-        delta = tl.where(empty, 0.0, mixed / total)
+        inverse = tl.where(empty, 0.0, tl.div_rn(1.0, total))
+        delta = tl.where(empty, 0.0, tl.div_rn(mixed, total))
         norm = inverse[:, None]
     else:
         out += first_q * out_s + h.to(tl.int64) * width_v

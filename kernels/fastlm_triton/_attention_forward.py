@@ -17,6 +17,7 @@ from ._attention import (
     LIGHT,
     SCALARS,
     Problem,
+    divided,
     has_100_kb,
     head_of,
     hide,
@@ -141,7 +142,8 @@ def _forward_kernel(
         v_tile = load_rows(v, v_s, j, e, nk, dim_v * UNIT, EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
 
-    weight = tl.where(total == 0, 0.0, survivor_scale / total)  # nothing to attend to: 0
+    share = divided(survivor_scale, total, q_tile.dtype == tl.float32)
+    weight = tl.where(total == 0, 0.0, share)  # nothing to attend to: 0
     store_rows(out, out_s, i, e, nq, width_v, acc * weight[:, None], EVEN)
     if RAW:
         top *= factor

@@ -13,7 +13,7 @@ def _scaled(d, *shape):
 
 CASES = [
     Case("row", lambda d: {"x": d.normal(64)}),
-    Case("one-column", lambda d: {"x": d.normal(5, 1)}),
+    Case("one-column", lambda d: {"x": d.normal(65, 1)}),
     Case("odd", lambda d: _scaled(d, 7, 41)),
     Case("many-rows", lambda d: _scaled(d, 3, 67, 48)),
     Case("wide", lambda d: _scaled(d, 3, 5000)),

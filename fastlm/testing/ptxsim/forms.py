@@ -128,15 +128,17 @@ def _floats() -> None:
         _flushing(f"{name}.f32", "f4", "f4", function)
         _add(f"{name}.f64", "f8", "f8", function)
     _add("copysign.f32", "f4", "f4 f4", "np.copysign({1}, {0})")
-    for rounding in ("full", "rn", "approx"):
-        _flushing(f"div.{rounding}.f32", "f4", "f4 f4", "{0} / {1}")
+    _flushing("div.rn.f32", "f4", "f4 f4", "{0} / {1}")
+    for rounding in ("full", "approx"):
+        _flushing(f"div.{rounding}.f32", "f4", "f4 f4", "approximate({0}.astype(F8) / {1})")
     _add("div.rn.f64", "f8", "f8 f8", "{0} / {1}")
-    for rounding in ("rn", "approx"):
-        _flushing(f"rcp.{rounding}.f32", "f4", "f4", "F4(1) / {0}")
-        _flushing(f"sqrt.{rounding}.f32", "f4", "f4", "np.sqrt({0})")
-    _flushing("rsqrt.approx.f32", "f4", "f4", "(1 / np.sqrt({0}.astype(F8))).astype(F4)")
-    _flushing("ex2.approx.f32", "f4", "f4", "np.exp2({0}.astype(F8)).astype(F4)")
-    _flushing("lg2.approx.f32", "f4", "f4", "np.log2({0}.astype(F8)).astype(F4)")
+    _flushing("rcp.rn.f32", "f4", "f4", "F4(1) / {0}")
+    _flushing("sqrt.rn.f32", "f4", "f4", "np.sqrt({0})")
+    _flushing("rcp.approx.f32", "f4", "f4", "approximate(1 / {0}.astype(F8))")
+    _flushing("sqrt.approx.f32", "f4", "f4", "approximate(np.sqrt({0}.astype(F8)))")
+    _flushing("rsqrt.approx.f32", "f4", "f4", "approximate(1 / np.sqrt({0}.astype(F8)))")
+    _flushing("ex2.approx.f32", "f4", "f4", "approximate(np.exp2({0}.astype(F8)))")
+    _flushing("lg2.approx.f32", "f4", "f4", "approximate(np.log2({0}.astype(F8)))")
     _add("tanh.approx.f32", "f4", "f4", "np.tanh({0}.astype(F8)).astype(F4)")
 
 
