@@ -80,6 +80,21 @@ def _gradients_of(rows, weight, dlogits, ignored, first: bool, dx, dweight, dbia
         dbias.add_(dlogits.sum(0, dtype=torch.float32))
 
 
+def _room(x, weight, n, at_once: bool, needs) -> list:
+    """For dx, dweight, dbias, zeros where they are added to first; None: not wanted. at_once: all n rows are."""
+    (classes, size), usual = weight.shape, torch.float32
+    of_weight = kept_dtype(x) if at_once and classes * size >= UNSPLIT else usual
+    asked = ((n, size), usual), ((classes, size), of_weight), ((classes,), usual)
+    made = [
+        torch.empty(shape, dtype=dtype, device=x.device) if need else None
+        for (shape, dtype), need in zip(asked, needs, strict=True)
+    ]
+    for gradient in made[2 if n else 1 :]:
+        if gradient is not None:
+            gradient.zero_()
+    return made
+
+
 def _run(x, weight, bias, target, options, dloss, needs):
     """(losses, float32; dx, dweight, dbias, float32 or of kept_dtype, those not wanted empty).
 
@@ -90,14 +105,7 @@ def _run(x, weight, bias, target, options, dloss, needs):
     floats, in_place = {"dtype": torch.float32, "device": x.device}, x.dtype == torch.float32
     step = chunk_rows(n, classes)
     group = min(max(n, 1), GROUP * step) if any_needs and not in_place else step
-    losses, sizes = torch.empty(n, **floats), ((n, size), (classes, size), (classes,))
-    made = [torch.empty(s, **floats) if need else None for s, need in zip(sizes, needs, strict=True)]
-    if needs[1] and n <= group and classes * size >= UNSPLIT:
-        made[1] = torch.empty(sizes[1], dtype=kept_dtype(x), device=x.device)
-    if needs[1] and n == 0:
-        made[1].zero_()
-    if needs[2]:
-        made[2].zero_()
+    losses, made = torch.empty(n, **floats), _room(x, weight, n, n <= group, needs)
     late = None  # float16 holds the gradients of a row's loss, not of that over a million or scaled up
     if dloss is not None and dloss.dim() == 0 and x.dtype == torch.float16:
         late, dloss = dloss, None
