@@ -81,7 +81,7 @@ def _gradients_of(rows, weight, dlogits, ignored, first: bool, dx, dweight, dbia
 
 
 def _room(x, weight, n, at_once: bool, needs) -> list:
-    """For dx, dweight, dbias, zeros where they are added to first; None: not wanted. at_once: all n rows are."""
+    """For dx, dweight, dbias, zeros where something is added; None: not wanted. at_once: all n rows are."""
     (classes, size), usual = weight.shape, torch.float32
     of_weight = kept_dtype(x) if at_once and classes * size >= UNSPLIT else usual
     asked = ((n, size), usual), ((classes, size), of_weight), ((classes,), usual)
