@@ -122,6 +122,21 @@ def test_the_mask_of_dropout_is_that_of_the_cpu_kernel(backend, dtype):
     assert torch.equal(ops.dropout_add(x.cuda(), **options, backend=backend).cpu(), expected)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_float32_gradient_of_the_loss_scales_bfloat16s_in_float32(kept, backend):
+    draw = Draw(0, torch.float32, "cuda")
+    x, w, target = draw.normal(200, 64), draw.normal(300, 64), draw.integers(0, 300, 200)
+    x, w = x.requires_grad_(), (w * 0.125).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):  # the loss is float32, and so is its gradient
+        loss = ops.linear_cross_entropy(x, w, target, backend=backend)
+    third = torch.tensor(1 / 3, device="cuda")  # as bfloat16 it is 0.2% larger
+    found = torch.autograd.grad(loss, (x, w), third, retain_graph=kept)
+    plain = torch.nn.functional.cross_entropy(x @ w.T, target)
+    for got, wanted in zip(found, torch.autograd.grad(plain, (x, w), third), strict=True):
+        assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=5e-4)
+
+
 @pytest.mark.parametrize("backend", ("cuda", "triton"))
 def test_a_compiled_function_is_one_graph_and_gives_the_same(backend):
     def block(x, weight, gate):

@@ -118,6 +118,18 @@ def test_memory_beyond_inputs_and_gradients_is_a_third_of_eagers_at_most(reducti
     assert ours - returned <= (eager - returned) / 3
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_float32_gradient_of_the_loss_scales_bfloat16s_in_float32(kept):
+    x, w, _, target = inputs(200, 64, 300)
+    with torch.autocast("cpu", torch.bfloat16):  # the loss is float32, and so is its gradient
+        loss = linear_cross_entropy(x, w, target)
+    third = torch.tensor(1 / 3)  # as bfloat16 it is 0.2% larger
+    found = torch.autograd.grad(loss, (x, w), third, retain_graph=kept)
+    plain = F.cross_entropy(F.linear(x, w), target)
+    for got, wanted in zip(found, torch.autograd.grad(plain, (x, w), third), strict=True):
+        assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=5e-4)
+
+
 def test_without_gradients_no_gradient_is_computed():
     x, w, b, target = inputs(600, 24, 900)
     with torch.no_grad():

@@ -180,7 +180,7 @@ class KernelNode : public torch::autograd::Node {
       const Tensor unit = unit_of(w, known, i);
       const at::ScalarType type = argument_of(w, known, i).scalar_type();
       found[i] = is_one                       ? unit.to(type)
-                 : unit.scalar_type() == type ? unit.mul_(gradient)
+                 : unit.scalar_type() == type ? unit.mul_(factor_of(unit, gradient))
                                               : scaled(unit, gradient, type);
     }
     return found;
@@ -189,6 +189,11 @@ class KernelNode : public torch::autograd::Node {
   static Tensor scaled(const Tensor& unit, const Tensor& gradient, at::ScalarType type) {
     Tensor result = at::empty_like(unit, unit.options().dtype(type));
     return at::mul_out(result, unit, gradient);
+  }
+
+  // Of no axis, a float32 gradient, as autocast's, would be rounded to a bfloat16 unit's type first.
+  static Tensor factor_of(const Tensor& unit, const Tensor& gradient) {
+    return gradient.scalar_type() == unit.scalar_type() ? gradient : gradient.view({1});
   }
 
   // By the backward kernel.

@@ -62,6 +62,7 @@ _CUDAS = [
     ("* convert_kernel*", "wide stores", _SMALL),
     ("* add_partials_kernel*", "wide loads", _COLUMN),
     ("* add_partials_kernel*", "wide stores", _COLUMN),
+    ("cross_entropy * row_losses_kernel*", "wide stores", "writes a few numbers a row"),
     ("cross_entropy * add_rows_kernel*", "wide loads", _FEW),
     ("cross_entropy * add_rows_kernel*", "wide stores", _FEW),
     ("cross_entropy 50257 *", "wide loads", _EVEN),
