@@ -32,9 +32,10 @@ class BuildNative(build_ext):
             record["torch"] = torch.__version__
             libraries = {name.removeprefix("cpu_"): target for name, target in targets.items()}
             with ThreadPoolExecutor(1) as beside:  # toolchain bounds the compilers of both together
-                if torch.version.cuda is not None:
-                    beside.submit(self.build_cuda, cuda)
+                gpu = beside.submit(self.build_cuda, cuda) if torch.version.cuda is not None else None
                 toolchain.cpu_libraries(Path(torch.__file__).parent, torch.__version__, libraries)
+            if gpu is not None:
+                gpu.result()  # what it did not record
         self.record = Path(self.build_lib, "fastlm/_build.json")
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.record.write_text(json.dumps(record))
@@ -56,7 +57,9 @@ class BuildNative(build_ext):
             yield
         except Exception as error:  # no compiler, no torch, out of memory
             lines = (getattr(error, "stdout", None) or f"{error}").strip().splitlines()
-            reason = next((line for line in lines if "error" in line), lines[-1])[:300]
+            reason = next((line for line in lines if "error" in line), lines[-1] if lines else repr(error))[
+                :300
+            ]
             self.failed |= {f"_{name}": reason for name in libraries}
             print(f"fastlm: native kernels were not built: {reason}", file=sys.stderr)
 

@@ -89,7 +89,10 @@ def compiler(torch_cuda: str) -> Path:
 
 
 def jobs() -> int:
-    """Compilers at once: $MAX_JOBS, else one a processor, as far as memory that is free now holds them."""
+    """nvcc's at once: $MAX_JOBS, else one a processor, as far as memory that is free now holds them.
+
+    g++ runs beside them, with what toolchain allows of both together.
+    """
     if asked := os.environ.get("MAX_JOBS"):
         return max(1, int(asked))
     return max(1, min(os.cpu_count() or 1, _free_bytes() // _JOB_BYTES))

@@ -22,7 +22,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 if _ONLY := os.environ.get("FASTLM_ONLY_ISA"):  # a build for this machine alone, as make sanitize's
     ISA_FLAGS = {_ONLY: ISA_FLAGS[_ONLY]}
 
-_TURNS = threading.Semaphore(os.cpu_count() or 1)  # compilers at once, of several libraries together
+# Compilers at once, of several libraries together.
+_TURNS = threading.Semaphore(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 _CXXFLAGS = os.environ.get("CXXFLAGS", "")
 _ROOT = Path(__file__).resolve().parent
 

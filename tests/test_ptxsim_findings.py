@@ -138,12 +138,18 @@ def test_what_is_not_copied_is_filled_with_zeros():
     assert torch.equal(y, torch.zeros(64, dtype=torch.int32))
 
 
+def test_a_generic_store_writes_to_global_memory():
+    assert torch.equal(execute("st.b32 [%rd5], %r1;"), torch.arange(64, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     "body",
     [
         "ld.global.b32 %r5, [%rd4+4];",
         "ld.global.b32 %r5, [%rd1+-4];",
         "st.global.b32 [%rd5+256], %r1;",
+        "st.b32 [%rd5+256], %r1;",
+        "cvt.u64.u32 %rd6, %r3; st.b32 [%rd6], %r1;",
         "st.shared.b32 [%r3+4], %r1;",
         "cp.async.ca.shared.global [%r3+4], [%rd4], 4;",
         "cp.async.ca.shared.global [%r3], [%rd4+4], 4;",

@@ -84,7 +84,15 @@ void add_gradients(const Tensor& dlogits, const Tensor& rows, const Tensor& igno
   for_parts(weight.size(0), [&](int64_t begin, int64_t size) {
     const Tensor share = part(dlogits, 1, begin, size);
     if (dx.defined()) add_product(dx, share, part(weight, 0, begin, size), begin > 0);
-    if (to.dweight.numel()) add_product(part(to.dweight, 0, begin, size), share.t(), rows, !first);
+    if (!to.dweight.numel()) return;
+    Tensor dweight = part(to.dweight, 0, begin, size);
+    if (size < kEven && dweight.scalar_type() != at::kFloat) {  // what is over: few sums, which may be split
+      const Tensor sums = new_tensor(dweight.sizes(), at::kFloat);
+      add_product(sums, share.t(), rows, false);
+      dweight.copy_(sums);
+    } else {
+      add_product(dweight, share.t(), rows, !first);
+    }
   });
   if (dx.defined()) dx.masked_fill_(ignored, 0);  // 0 times an infinite weight is NaN
   if (to.dbias.numel()) to.dbias.add_(dlogits.sum(0, false, at::kFloat));

@@ -1,8 +1,8 @@
 """linear_cross_entropy: the cross-entropy of logits = x @ weight.T + bias, which never exist all at once.
 
-Rows are taken in chunks. A chunk's logits become their own gradient in place, which is multiplied into dx and
-dweight at once: three matmuls in all, and no row's logits outlive its chunk. Sources: cross_entropy's; chunks
-and the gradient in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3.2.
+Rows are taken in chunks. A chunk's logits become their gradient, which is multiplied into dx and dweight:
+three matmuls in all, and no row's logits outlive its chunk. Sources: cross_entropy's; chunks and the gradient
+in forward: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3.2.
 """
 
 from typing import Literal
@@ -103,7 +103,8 @@ def linear_cross_entropy(
     """Cross-entropy of logits = x @ weight.T + bias, of which only some rows exist at once.
 
     On a CPU 512 rows at most. On a GPU 2048, 512 MB, and in half precision the gradients of four times as
-    many, 1 GB; beside them the weight's gradient exists in float32 too where rows are more than that.
+    many, 1 GB. Beside them the weight's gradient exists in float32, unless x is bfloat16, the weight has 2^23
+    elements or more, and rows are no more than those.
 
     The loss of fastlm.ops.cross_entropy; differentiable in x, weight and bias. With "mean" and "sum" the
     gradients are computed along with the loss, while a chunk's logits are there, and scaled in backward;

@@ -72,7 +72,13 @@ def _gradients_of(rows, weight, dlogits, ignored, first: bool, dx, dweight, dbia
         share = dlogits[:, part]
         if dx is not None:
             _add_product(dx, share, weight[part], part.start > 0)
-        if dweight is not None:
+        if dweight is None:
+            continue
+        if share.shape[1] < EVEN and dweight.dtype != torch.float32:  # what is over: few sums, may be split
+            sums = torch.empty_like(dweight[part], dtype=torch.float32)
+            _add_product(sums, share.t(), rows, False)
+            dweight[part] = sums
+        else:
             _add_product(dweight[part], share.t(), rows, not first)
     if dx is not None:
         dx.masked_fill_(ignored, 0)  # 0 times an infinite weight is NaN

@@ -24,7 +24,7 @@ def flush(x):
 def approximate(exact):
     """Of float64 one of the two float32 beside it: half of them the farther, if it is not all but a float32.
 
-    Which half is as good as drawn, and the same for the same result. On an H100 two cases failed that passed
+    Which half is as good as drawn, and the same for the same result. On an H100 a case failed that passed
     while these instructions were correctly rounded here.
     """
     nearest = exact.astype(F4)

@@ -21,7 +21,8 @@ from .parse import Block, Instruction, Operand, Program
 _CANONICAL = {"pred": "p", "b8": "u2", "b16": "u2", "b32": "u4", "b64": "u8"}  # a byte: low in 16 bits
 _CACHE = r"(?:\.L1::(?:evict_first|evict_last|no_allocate)|\.L2::cache_hint|\.L2::(?:64|128|256)B)*"
 _LOAD = re.compile(rf"ld\.(global(?:\.nc)?|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
-_STORE = re.compile(rf"st\.(global|shared(?:::cta)?){_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
+# Without a space the address is generic: here it must be of global memory, where both are the same number.
+_STORE = re.compile(rf"st(?:\.(global|shared(?:::cta)?))?{_CACHE}(?:\.v([248]))?\.([bsuf])(8|16|32|64)$")
 _PARAM = re.compile(r"ld\.param(?:\.v([24]))?\.([bsuf])(8|16|32|64)$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|up|down)\.b32$")
 _REDUX = re.compile(r"redux\.sync\.(?=(?:add|min|max)\.[su]|(?:and|or|xor)\.b)(\w+)\.([sub])32$")
@@ -67,7 +68,7 @@ def _cell(sites: list[Instruction]) -> int:
     sizes = [16]
     for site in sites:
         if match := _LOAD.match(site.opcode) or _STORE.match(site.opcode):
-            if match.group(1).startswith("shared"):
+            if (match.group(1) or "global").startswith("shared"):
                 sizes.append(int(match.group(4)) // 8)
         elif site.opcode.startswith("cp.async.ca"):
             sizes.append(4)
@@ -296,7 +297,7 @@ class _Block:
                         f"loaded[{n}]" if wide or kind != "s" else f"loaded[{n}].view({t.upper()})",
                     )
         elif match := _STORE.match(i.opcode):
-            space, unit = match.group(1)[:6], int(match.group(4)) // 8
+            space, unit = (match.group(1) or "global")[:6], int(match.group(4)) // 8
             values = ", ".join(self._read(o, f"u{unit}") for o in _parts(i.operands[1]))
             self.lines.append(
                 f"M.store({site}, {space!r}, {self._address(i.operands[0])}, {unit}, ({values},), {guard})"

@@ -139,7 +139,6 @@ def _floats() -> None:
     _flushing("rsqrt.approx.f32", "f4", "f4", "approximate(1 / np.sqrt({0}.astype(F8)))")
     _flushing("ex2.approx.f32", "f4", "f4", "approximate(np.exp2({0}.astype(F8)))")
     _flushing("lg2.approx.f32", "f4", "f4", "approximate(np.log2({0}.astype(F8)))")
-    _add("tanh.approx.f32", "f4", "f4", "np.tanh({0}.astype(F8)).astype(F4)")
 
 
 _RELATIONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
