@@ -57,8 +57,8 @@ def saturate(x):
 
 
 def high(a, b, wide):
-    """mul.hi of 32 bits."""
-    return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+    """mul.hi of 16 or 32 bits; wide: the type of twice as many."""
+    return (a.astype(wide) * b.astype(wide) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def high64(a, b):

@@ -50,7 +50,7 @@ def _integers() -> None:
             product = f"{{0}}.astype({to.upper()}) * {{1}}"
             _add(f"mul.wide.{k}{bits}", to, f"{narrow} {narrow}", product)
             _add(f"mad.wide.{k}{bits}", to, f"{narrow} {narrow} {to}", f"{product} + {{2}}")
-        _add(f"mul.hi.{k}32", f"{t}4", f"{t}4 {t}4", f"high({{0}}, {{1}}, {t.upper()}8)")
+            _add(f"mul.hi.{k}{bits}", narrow, f"{narrow} {narrow}", f"high({{0}}, {{1}}, {to.upper()})")
         _add(f"mad.hi.{k}32", f"{t}4", f"{t}4 {t}4 {t}4", f"high({{0}}, {{1}}, {t.upper()}8) + {{2}}")
     _add("mul.hi.u64", "u8", "u8 u8", "high64({0}, {1})")
     _add("mul.hi.s64", "i8", "i8 i8", "high64_signed({0}, {1})")
