@@ -42,12 +42,7 @@ void add_product(Tensor out, const Tensor& a, const Tensor& b, bool keep) {
     at::mm_out(out, a, b);
   }
 #else  // the same sums: products of halves are exact in float32
-  const Tensor a_wide = a.to(at::kFloat), b_wide = b.to(at::kFloat);
-  if (out.scalar_type() == at::kFloat) {
-    at::addmm_out(out, out, a_wide, b_wide, beta);
-  } else {
-    out.copy_(at::mm(a_wide, b_wide));
-  }
+  out.copy_(at::addmm(out.to(at::kFloat), a.to(at::kFloat), b.to(at::kFloat), beta));
 #endif
 }
 

@@ -109,7 +109,7 @@ def _flex_cached() -> Baseline:
     return _flex(lambda arguments: None, _whole_caches)
 
 
-def _sdpa_flash() -> Baseline:
+def _sdpa_flash(given=dict) -> Baseline:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -117,11 +117,7 @@ def _sdpa_flash() -> Baseline:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
 
-    return Baseline(call)
-
-
-def _sdpa_flash_cached() -> Baseline:
-    return Baseline(_sdpa_flash().call, _whole_caches)
+    return Baseline(call, given)
 
 
 def _flash_attention() -> Baseline:
@@ -190,7 +186,7 @@ _PEERS: dict[tuple[str, str], dict[str, Callable[[], Baseline]]] = {
     ("attention_varlen", "16_to_256_tokens"): {"flex": _flex_packed, "flash_attn": _flash_varlen},
     ("decode_attention", "cached"): {
         "flex": _flex_cached,
-        "sdpa_flash": _sdpa_flash_cached,
+        "sdpa_flash": partial(_sdpa_flash, _whole_caches),
         "flash_attn": _flash_cached,
     },
     ("rope", "tinyllama"): {"flash_attn": _flash_rope},

@@ -121,8 +121,8 @@ def _peers(found: dict):
     """Marks: how many times as fast as each baseline, one row a workload."""
     rows = [row for row in _rows_to_draw(found) if row["ratios"]]
     figure, (axes,) = _figure(10, 1.6 + 0.27 * len(rows))
-    marks = {"eager": "o", "sdpa": "o", "compile": "s", "flex": "^", "sdpa_flash": "d", "flash_attn": "D"}
-    marks |= {"liger": "v"}
+    torchs = {"eager": "o", "sdpa": "o", "compile": "s"}
+    marks = torchs | {"flex": "^", "sdpa_flash": "d", "flash_attn": "D", "liger": "v"}
     for name, mark in marks.items():
         found_at = [(i, row["ratios"][_fastest(row)]) for i, row in enumerate(rows)]
         points = [(by[name]["of_medians"], i) for i, by in found_at if name in by]

@@ -42,12 +42,6 @@ def in_log2(x):
 
 
 @triton.jit
-def divided(a, b, TO_THE_LAST_BIT: tl.constexpr):
-    """a / b; the GPU's usual division is up to two bits off, too much where float32 is the result."""
-    return tl.div_rn(a, b) if TO_THE_LAST_BIT else a / b
-
-
-@triton.jit
 def tanh(x):
     """tanh to 2 ulp: a polynomial, fitted on [0, 0.625], where 1 - 2 / (e^2x + 1) would cancel."""
     y = x * x

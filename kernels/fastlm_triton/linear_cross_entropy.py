@@ -62,8 +62,7 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: bool
     elif a.is_cuda:
         torch.mm(a, b, out=out)
     else:  # the same sums: products of halves are exact in float32
-        sums = out if out.dtype == torch.float32 else out.float()
-        out.copy_(torch.addmm(sums, a.float(), b.float(), beta=int(keep)))
+        out.copy_(torch.addmm(out.float(), a.float(), b.float(), beta=int(keep)))
 
 
 def _gradients_of(rows, weight, dlogits, ignored, first: bool, dx, dweight, dbias) -> None:
