@@ -68,87 +68,103 @@ __device__ void fill_gaps(const AttentionForward& a, const Sequence& seq, int64_
   });
 }
 
-// Writes lse of a warp's rows from i0 on, and of out kCols columns from col0 on.
-template <class T, int kDim, int kCols>
-__device__ void store_rows(const AttentionForward& a, const Sequence& seq, int64_t b, int64_t h, int i0,
-                           int col0, Softmax& rows, float factor, float survivor_scale,
-                           const Sums<kCols>& sums, T* staging) {
-  float weight[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float total = row_all(rows.total[r], Add{});
-    weight[r] = total == 0 ? 0.0f : survivor_scale / total;
-    const int i = i0 + lane_row() + 8 * r;
-    const float lse = total == 0 ? -INFINITY : (rows.top[r] * factor + __log2f(total)) * kLn2;
-    if (i < seq.nq && lane_col() == 0 && col0 == 0) a.lse[first_row(a.in, seq, b, h) + i] = lse;
-  }
-  T* const out = static_cast<T*>(a.out) + ((seq.first_q + i0) * a.in.heads + h) * kDim + col0;
-  store_tile<T, kCols, kPitch<T, kDim>>(sums, weight, staging + col0, out, a.in.heads * kDim, seq.nq - i0);
-}
-
+// One block: its queries from `first` on, in shared memory from of_q on, and the keys that they see.
 template <class T, int kDim, bool kExtras>
-__global__ void __launch_bounds__(forward_tiles(sizeof(T), kDim).threads(),
-                                  forward_blocks(sizeof(T), kDim, kExtras))
-    attention_forward_kernel(const AttentionForward a, const DropoutScale dropout) {
-  constexpr Tiles kTiles = forward_tiles(sizeof(T), kDim);
-  constexpr int kRows = kTiles.rows, kStep = kTiles.step, kThreads = kTiles.threads();
-  constexpr int kCols = kDim / kTiles.split;
-  extern __shared__ uint4 shared[];
-  T* const of_q = reinterpret_cast<T*>(shared);
-  T* const of_k = of_q + kRows * kPitch<T, kDim>;
-  T* const of_v = of_k + kStep * kPitch<T, kDim>;
+struct ForwardBlock {
+  static constexpr Tiles kTiles = forward_tiles(sizeof(T), kDim);
+  static constexpr int kRows = kTiles.rows, kStep = kTiles.step, kThreads = kTiles.threads();
+  static constexpr int kRowPitch = kPitch<T, kDim>, kCols = kDim / kTiles.split;
 
-  const int tiles = static_cast<int>(blocks_along(a.in.q, a.in.queries, a.in.longest_q, kRows));
-  const Block at(tiles, a.in.heads);
-  const int tile = tiles - 1 - at.tile, h = at.head, b = at.batch;  // the longest rows first
-  const Sequence seq = sequence_of(a.in, b);
-  if (a.in.q.starts && tile == 0) fill_gaps<T, kDim>(a, seq, b, h);
-  const int first = tile * kRows;
-  if (first >= seq.nq) return;
+  const AttentionForward& a;
+  const DropoutScale& dropout;
+  const Sequence& seq;
+  int b, h, first;
+  T* of_q;
+  T* of_k = of_q + kRows * kRowPitch;
+  T* of_v = of_k + kStep * kRowPitch;
+  Head head = head_of(a.in, b, h);
+  Matrix<T> k = matrix_of<T>(a.in.k, b, kv_head_of(a.in, h), seq.first_k);
+  Matrix<T> v = matrix_of<T>(a.in.v, b, kv_head_of(a.in, h), seq.first_k);
+  int i0 = first + static_cast<int>(threadIdx.x / 32) % (kRows / 16) * 16;  // this warp's 16, and its columns
+  int col0 = static_cast<int>(threadIdx.x / 32) / (kRows / 16) * kCols;
+  T* own_q = of_q + (i0 - first) * kRowPitch;
 
-  const Head head = head_of(a.in, b, h);
-  const int kv_head = kv_head_of(a.in, h);
-  const Matrix<T> k = matrix_of<T>(a.in.k, b, kv_head, seq.first_k);
-  const Matrix<T> v = matrix_of<T>(a.in.v, b, kv_head, seq.first_k);
-  const int begin = max(0, first + seq.low) / kStep * kStep;
-  const int end = min(seq.nk, min(first + kRows, seq.nq) + seq.high);
-  const int warp = threadIdx.x / 32, i0 = first + warp % (kRows / 16) * 16,
-            col0 = warp / (kRows / 16) * kCols;
-  T* const own_q = of_q + (i0 - first) * kPitch<T, kDim>;
+  __device__ void load_queries() const {
+    copy_rows_async<T, kRows, kDim, kThreads>(of_q, matrix_of<T>(a.in.q, b, h, seq.first_q), first, seq.nq);
+  }
 
-  Softmax rows;
-  Sums<kCols> sums;
-  set_zero<kCols>(sums);
-  copy_rows_async<T, kRows, kDim, kThreads>(of_q, matrix_of<T>(a.in.q, b, h, seq.first_q), first, seq.nq);
-  if (begin < end) copy_rows_async<T, kStep, kDim, kThreads>(of_k, k, begin, seq.nk);
-  commit_copies();
-  for (int j0 = begin; j0 < end; j0 += kStep) {
-    const bool sees = seq.sees(i0, i0 + 15, j0, j0 + kStep - 1);
-    wait_for_copies<0>();
-    __syncthreads();  // the keys are here, and the values before have been multiplied
-    copy_rows_async<T, kStep, kDim, kThreads>(of_v, v, j0, seq.nk);
+  __device__ void along(Softmax& rows, Sums<kCols>& sums) const {
+    const Span keys = keys_of(seq, first, kRows, kStep);
+    if (keys.begin < keys.end) copy_rows_async<T, kStep, kDim, kThreads>(of_k, k, keys.begin, seq.nk);
     commit_copies();
-    Sums<kStep> s;
-    set_zero<kStep>(s);
-    if (sees) add_product_of_rows<T, kStep, kDim>(s, own_q, of_k);
+    for (int j0 = keys.begin; j0 < keys.end; j0 += kStep) {
+      const bool sees = seq.sees(i0, i0 + 15, j0, j0 + kStep - 1);
+      wait_for_copies<0>();
+      __syncthreads();  // the keys are here, and the values before have been multiplied
+      copy_rows_async<T, kStep, kDim, kThreads>(of_v, v, j0, seq.nk);
+      commit_copies();
+      Sums<kStep> s;
+      set_zero<kStep>(s);
+      if (sees) add_product_of_rows<T, kStep, kDim>(s, own_q, of_k);
+      wait_for_copies<0>();
+      __syncthreads();  // the values are here, and the keys are no longer needed
+      if (j0 + kStep < keys.end) copy_rows_async<T, kStep, kDim, kThreads>(of_k, k, j0 + kStep, seq.nk);
+      commit_copies();
+      if (sees) add_values(j0, s, rows, sums);
+    }
     wait_for_copies<0>();
-    __syncthreads();  // the values are here, and the keys are no longer needed
-    if (j0 + kStep < end) copy_rows_async<T, kStep, kDim, kThreads>(of_k, k, j0 + kStep, seq.nk);
-    commit_copies();
-    if (!sees) continue;
+    __syncthreads();  // where no key is seen, the queries arrive only now; and nobody reads them any more
+  }
+
+  // Adds what values from j0 on give with the weights of s = q.k.
+  __device__ void add_values(int j0, Sums<kStep>& s, Softmax& rows, Sums<kCols>& sums) const {
     if constexpr (kExtras) to_scores<false, kStep>(a.in, head, seq, i0, j0, s, nullptr);
     hide<false, kExtras, kStep>(a.in, head, seq, i0, j0, -INFINITY, s);
     float shrink[2];
     exponentiate<!kExtras, kStep>(rows, s, head.factor, shrink);
     if (kExtras && dropout.seed) drop<kStep>(s, survivors<false, kStep>(dropout, head.number, i0, j0), 1.0f);
     for_numbers<kCols>([&](int n, int e, int, int) { sums[n][e] *= shrink[e / 2]; });
-    add_product<T, kCols, kStep, kPitch<T, kDim>>(sums, s, of_v + col0);
+    add_product<T, kCols, kStep, kRowPitch>(sums, s, of_v + col0);
   }
-  wait_for_copies<0>();
-  __syncthreads();  // where no key is seen, the queries arrive only now; and nobody reads them any more
-  if (i0 >= seq.nq) return;
-  store_rows<T, kDim, kCols>(a, seq, b, h, i0, col0, rows, kExtras ? 1.0f : head.factor, dropout.scale, sums,
-                             own_q);
+
+  // Writes lse of a warp's rows, and of out its columns.
+  __device__ void store(const Softmax& rows, const Sums<kCols>& sums) const {
+    const float factor = kExtras ? 1.0f : head.factor;
+    float weight[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = row_all(rows.total[r], Add{});
+      weight[r] = total == 0 ? 0.0f : dropout.scale / total;
+      const int i = i0 + lane_row() + 8 * r;
+      const float lse = total == 0 ? -INFINITY : (rows.top[r] * factor + __log2f(total)) * kLn2;
+      if (i < seq.nq && lane_col() == 0 && col0 == 0) a.lse[first_row(a.in, seq, b, h) + i] = lse;
+    }
+    T* const out = static_cast<T*>(a.out) + ((seq.first_q + i0) * a.in.heads + h) * kDim + col0;
+    store_tile<T, kCols, kRowPitch>(sums, weight, own_q + col0, out, a.in.heads * kDim, seq.nq - i0);
+  }
+};
+
+template <class T, int kDim, bool kExtras>
+__global__ void __launch_bounds__(forward_tiles(sizeof(T), kDim).threads(),
+                                  forward_blocks(sizeof(T), kDim, kExtras))
+    attention_forward_kernel(const AttentionForward a, const DropoutScale dropout) {
+  using Own = ForwardBlock<T, kDim, kExtras>;
+  extern __shared__ uint4 shared[];
+  const int tiles = static_cast<int>(blocks_along(a.in.q, a.in.queries, a.in.longest_q, Own::kRows));
+  const Block at(tiles, a.in.heads);
+  const int tile = tiles - 1 - at.tile;  // the longest rows first
+  const Sequence seq = sequence_of(a.in, at.batch);
+  if (a.in.q.starts && tile == 0) fill_gaps<T, kDim>(a, seq, at.batch, at.head);
+  const int first = tile * Own::kRows;
+  if (first >= seq.nq) return;
+
+  const Own own = {a, dropout, seq, at.batch, at.head, first, reinterpret_cast<T*>(shared)};
+  Softmax rows;
+  Sums<Own::kCols> sums;
+  set_zero<Own::kCols>(sums);
+  own.load_queries();
+  own.along(rows, sums);
+  if (own.i0 < seq.nq) own.store(rows, sums);
 }
 
 }  // namespace

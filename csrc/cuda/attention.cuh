@@ -99,6 +99,23 @@ __device__ inline int kv_head_of(const AttentionInputs& in, int h) {
   return h / static_cast<int>(in.heads / in.kv_heads);
 }
 
+// Rows [begin, end) of the other side, that one of a tile's rows sees or is seen by.
+struct Span {
+  int begin, end;
+  __device__ int steps(int step) const { return end > begin ? (end - begin + step - 1) / step : 0; }
+};
+
+// Of queries first ... first + rows - 1 the keys, from a multiple of `step` on.
+__device__ inline Span keys_of(const Sequence& seq, int first, int rows, int step) {
+  return {max(0, first + seq.low) / step * step, min(seq.nk, min(first + rows, seq.nq) + seq.high)};
+}
+
+// Of keys the queries.
+__device__ inline Span queries_of(const Sequence& seq, int first, int rows, int step) {
+  const int end = first < seq.nk ? min(seq.nq, min(first + rows, seq.nk) - seq.low) : 0;
+  return {max(0, first - seq.high) / step * step, end};
+}
+
 // Where the statistics of a sequence's first row are, of [batch, heads, queries] or [heads, tokens].
 __device__ inline int64_t first_row(const AttentionInputs& in, const Sequence& s, int64_t b, int64_t h) {
   return in.q.starts ? h * in.queries + s.first_q : (b * in.heads + h) * in.queries;

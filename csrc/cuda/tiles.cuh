@@ -139,10 +139,41 @@ __device__ void add_product_of_rows(Sums<kCols>& c, const T* a, const T* b) {
   }
 }
 
+// c += p b in float32; blocks of 8 columns at a time, so that there are at most 16 sums beside c.
+template <int kCols, int kDepth, int kPitchOfB>
+__device__ void add_float_product(Sums<kCols>& c, const Sums<kDepth>& p, const float* b) {
+  constexpr int kGroup = kCols % 32 == 0 ? 4 : 2;
+  b += lane_col();
+#pragma unroll
+  for (int first = 0; first < kCols / 8; first += kGroup) {
+    float sums[kGroup][4] = {};  // a tile's alone: one long sum's rounding error grows with its length
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {  // of the four lanes of a row k % 8 / 2 has column k
+      const float upper = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
+      const float lower = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
+#pragma unroll
+      for (int n = 0; n < kGroup; ++n) {
+        const float2 both = *reinterpret_cast<const float2*>(b + k * kPitchOfB + (first + n) * 8);
+        sums[n][0] = fmaf(upper, both.x, sums[n][0]);
+        sums[n][1] = fmaf(upper, both.y, sums[n][1]);
+        sums[n][2] = fmaf(lower, both.x, sums[n][2]);
+        sums[n][3] = fmaf(lower, both.y, sums[n][3]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[first + n][e] += sums[n][e];
+    }
+  }
+}
+
 // c += p b: a warp's 16 x kDepth numbers, rounded to T, by kCols columns of a tile of kDepth rows.
 template <class T, int kCols, int kDepth, int kPitchOfB>
 __device__ void add_product(Sums<kCols>& c, const Sums<kDepth>& p, const T* b) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 4) {
+    add_float_product<kCols, kDepth, kPitchOfB>(c, p, b);
+  } else {
     const int lane = threadIdx.x % 32;
     b += lane % 16 * kPitchOfB + lane / 16 * 8;
 #pragma unroll
@@ -156,31 +187,6 @@ __device__ void add_product(Sums<kCols>& c, const Sums<kDepth>& p, const T* b) {
         load_matrices<true>(of_b, b + k * 16 * kPitchOfB + n * 8);
         multiply<T>(c[n], of_p, of_b[0], of_b[1]);
         multiply<T>(c[n + 1], of_p, of_b[2], of_b[3]);
-      }
-    }
-  } else {
-    constexpr int kGroup = kCols % 32 == 0 ? 4 : 2;  // blocks of 8 columns at a time: 16 sums beside c
-    b += lane_col();
-#pragma unroll
-    for (int first = 0; first < kCols / 8; first += kGroup) {
-      float sums[kGroup][4] = {};  // a tile's alone: one long sum's rounding error grows with its length
-#pragma unroll
-      for (int k = 0; k < kDepth; ++k) {  // of the four lanes of a row k % 8 / 2 has column k
-        const float upper = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
-        const float lower = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
-#pragma unroll
-        for (int n = 0; n < kGroup; ++n) {
-          const float2 both = *reinterpret_cast<const float2*>(b + k * kPitchOfB + (first + n) * 8);
-          sums[n][0] = fmaf(upper, both.x, sums[n][0]);
-          sums[n][1] = fmaf(upper, both.y, sums[n][1]);
-          sums[n][2] = fmaf(lower, both.x, sums[n][2]);
-          sums[n][3] = fmaf(lower, both.y, sums[n][3]);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kGroup; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[first + n][e] += sums[n][e];
       }
     }
   }
