@@ -105,8 +105,22 @@ def test_what_a_kernel_does_not_reach_is_no_mutant_of_it(kernels, point):
 
 def test_a_change_that_leaves_the_code_of_a_point_is_told_apart(kernels, point):
     other = one("softmax.cu", "start < n ->")  # of a row too long for a block's registers
-    with kernels._alone(other, [point]) as wrong:
-        assert wrong(point) == SAME
+    for there in ({point.name}, set()):
+        with kernels._alone(other, [point], there) as wrong:
+            assert wrong(point) == SAME
+
+
+def test_a_point_is_not_asked_about_what_its_threads_do_not_come_to(kernels, point, monkeypatch):
+    of_masks, of_sums = one("softmax.cu", "d < mask.dims ->"), one("softmax.cu", "total == 0 ->")
+    present, reached = (numbers[point.name] for numbers in kernels._numbers([point]))
+    assert {of_masks.number, of_sums.number} <= present
+    assert of_masks.number not in reached and of_sums.number in reached
+    mutant = next(m for m in kernels.mutants([point]) if (m.line, m.what) == (of_masks.line, of_masks.what))
+    monkeypatch.setattr(point, "wrong", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(point, "ran", lambda: pytest.fail("asked"))
+    for stage in mutant.stages:
+        with stage() as wrong:
+            assert wrong(point) is None
 
 
 def test_what_has_been_tried_is_not_tried_again(kernels, point, tmp_path, monkeypatch):

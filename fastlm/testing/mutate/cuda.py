@@ -17,9 +17,12 @@ import torch
 
 from ..ptxsim import cuda_build
 from ..ptxsim.machine import Machine
+from ..ptxsim.profile import Profile
 from . import cuda_source, ptx
 from .points import Invalid, Point
 from .source import Changed, Mutant, digest_of
+
+Asked = Callable[[Point], str | None]  # as Point.wrong
 
 # In a name: of what no other file sees, a hash of its file's path and text; the file; another one.
 _OF_FILE = re.compile(r"((?:_GLOBAL__N__|_INTERNAL_))[0-9a-f]{8}(_\d+_(\w+?)_cu_)[0-9a-f]{8}")
@@ -46,6 +49,27 @@ def _texts(file: Path) -> dict[str, bytes]:
     files = "\n".join(_FILE.findall(text))  # behind the last kernel
     kept = cuda_build.split(text).items()
     return {name: _FILE.sub("", own.decode()).encode() + files.encode() + b"\n" for name, own in kept}
+
+
+class _Reached(Profile):
+    """Notes which basic blocks have been run, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self._blocks: dict[int, list] = {}
+
+    def block(self, instructions: list, lanes) -> None:
+        self._blocks[id(instructions)] = instructions
+
+    def memory(self, *access) -> None:
+        pass
+
+    def shared(self, *access) -> None:
+        pass
+
+    def text(self) -> bytes:
+        """Their PTX."""
+        return "\n".join(i.text for block in self._blocks.values() for i in block).encode()
 
 
 class CudaKernels:
@@ -94,40 +118,53 @@ class CudaKernels:
         stems = self._homes()
         files = frozenset().union(*(_included(self._sources[s]) for s in stems))
         code = digest_of(*(f.read_text() for f in sorted(files)))
-        numbers = self._numbers(points)
+        present, reached = self._numbers(points)
         for file in _files(cuda_build.CSRC):
             for one in cuda_source.comparisons(file):
-                if scope := [p for p in points if one.number in numbers[p.name]]:
+                if scope := [p for p in points if one.number in present[p.name]]:
+                    there = {p.name for p in scope if one.number in reached[p.name]}
                     stages = [
-                        functools.partial(self._switched, one),
-                        functools.partial(self._alone, one, points),
+                        functools.partial(self._switched, one, there),
+                        functools.partial(self._alone, one, points, there),
                     ]
                     place = (one.function, str(file), one.line, one.what)
                     yield Mutant(*place, (code, file.name, one.line, one.what), scope, stages)
 
-    def _numbers(self, points: list[Point]) -> dict[str, set[int]]:
-        """Of each point the comparisons that its kernels have."""
-        found = {}
+    def _numbers(self, points: list[Point]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+        """Of each point the comparisons that its kernels have, and those that its threads come to."""
+        present, reached = {}, {}
         with self._running(self._flips):
             for point in points:
-                launches, wrong = point.ran()
+                profile = _Reached()
+                launches, wrong = point.ran(profile)
                 if wrong is not None:
                     raise RuntimeError(f"{self._op} {point.name} with comparisons behind numbers: {wrong}")
-                found[point.name] = {n for la in launches for n in _numbers_in(la.binary)}
-        return found
+                present[point.name] = {n for la in launches for n in _numbers_in(la.binary)}
+                reached[point.name] = _numbers_in(profile.text())
+        return present, reached
 
     @contextmanager
-    def _switched(self, one: cuda_source.Comparison) -> Iterator[Callable[[Point], str | None]]:
-        """The comparison is flipped in what has them all behind numbers."""
+    def _switched(self, one: cuda_source.Comparison, there: set[str]) -> Iterator[Asked]:
+        """The comparison is flipped in the kernels that have it, in what has them all behind numbers.
+
+        there: names of the points that come to it; at all others what it gives is as before.
+        """
+
+        @functools.cache
+        def texts(stem: str) -> dict[str, bytes]:
+            number = re.compile(rb"(?<![\w.])%d(?![\w.])" % one.number)
+            plain = self._plain(stem)
+            return {k: t if number.search(t) else plain[k] for k, t in self._flips(stem).items()}
+
         Machine.environment = one.number
         try:
-            with self._running(self._flips):
-                yield Point.wrong
+            with self._running(texts):
+                yield lambda point: point.wrong() if point.name in there else None
         finally:
             Machine.environment = 0
 
     @contextmanager
-    def _alone(self, one: cuda_source.Comparison, points: list[Point]) -> Iterator[Callable]:
+    def _alone(self, one: cuda_source.Comparison, points: list[Point], there: set[str]) -> Iterator[Asked]:
         """It is flipped in the source."""
         with _copied({one.file: cuda_source.flipped(one)}) as csrc:
             affected = [s for s in self._homes() if one.file in _included(self._sources[s])]
@@ -136,7 +173,8 @@ class CudaKernels:
             codes = {ptx.digest(text) for own in texts.values() for text in own.values()}
             with self._running(texts.__getitem__):
                 launches = [la for p in points for la in p.launches]
-                yield Changed(frozenset(la.code for la in launches if la.code in codes)).wrong
+                changed = Changed(frozenset(la.code for la in launches if la.code in codes))
+                yield lambda point: changed.wrong(point) if point.name in there else changed.spares(point)
 
     def _homes(self) -> list[str]:
         return sorted({*self._home.values()})

@@ -16,6 +16,7 @@ from .. import ptxsim
 from ..cases import SEEDS, Case, Draw, cases_of
 from ..compare import verdicts
 from ..ptxsim.order import Order
+from ..ptxsim.profile import Profile
 from . import ptx
 
 ALIKE, SAME = "ordered alike", "same code"  # changes that change nothing
@@ -83,11 +84,11 @@ class Point:
         _, wrong, order = self._run(rewrite)
         return ALIKE if wrong is None and order == self.order else wrong
 
-    def ran(self) -> tuple[list[Launch], str | None]:
+    def ran(self, profile: Profile | None = None) -> tuple[list[Launch], str | None]:
         """(launches, what is wrong)."""
-        return self._run(None)[:2]
+        return self._run(None, profile)[:2]
 
-    def _run(self, rewrite) -> tuple[list[Launch], str | None, str]:
+    def _run(self, rewrite, profile: Profile | None = None) -> tuple[list[Launch], str | None, str]:
         launches, order = [], Order()
 
         def seen(kernel: str, binary: bytes) -> bytes:
@@ -96,7 +97,8 @@ class Point:
             return binary if rewrite is None else rewrite(kernel, binary)
 
         try:
-            with ptxsim.device(self.arch, rewrite=seen, order=order), _at_most(120 + 20 * self.seconds):
+            device = ptxsim.device(self.arch, profile, rewrite=seen, order=order)
+            with device, _at_most(120 + 20 * self.seconds):
                 function, differentiable = getattr(ops, self.op), cases_of(self.op)[1]
                 found = verdicts(function, self.draws, differentiable, backend=self.backend)
         except ptxsim.UnknownInstruction as error:

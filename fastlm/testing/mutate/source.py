@@ -117,7 +117,7 @@ class Changed:
     def wrong(self, point: Point) -> str | None:
         """What is wrong, None if nothing, SAME if the change makes no difference to this point's code."""
         codes = [launch.code for launch in point.launches]
-        if all(code in self._same for code in codes):
+        if self.spares(point):
             return SAME
         launches, found = point.ran()
         if found is not None:
@@ -125,6 +125,10 @@ class Changed:
         changed = [launch.code for launch in launches]
         self._same |= {a for a, b in zip(codes, changed, strict=False) if a == b}
         return SAME if changed == codes else None
+
+    def spares(self, point: Point) -> str | None:
+        """SAME if all of this point's code is known to be as before, else None; without a run."""
+        return SAME if all(launch.code in self._same for launch in point.launches) else None
 
 
 @contextmanager
