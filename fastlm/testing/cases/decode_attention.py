@@ -156,6 +156,13 @@ def _everything(d):
     return paged(d, inputs | {"alibi_slopes": slopes}, 48)
 
 
+def _low_scores(d):
+    """All scores are about -140, where sums of weights lie far above them; products and their sums are exact."""
+    inputs = _make(d, 2, 1, 90, 20, (90, 33))
+    keys = (64 + 8 * inputs["k_cache"]).round() / 64
+    return inputs | {"q": torch.full_like(inputs["q"], -32), "k_cache": keys}
+
+
 def _rising_halves(d):
     """Of 16 rows of a kv head eight meet ever higher scores, and eight never one above their first."""
     inputs = _make(d, 16, 1, 200, 16, (200, 200), kv_heads=1)
@@ -209,4 +216,5 @@ CASES = [
     Case("nan-query", _nan_query),
     Case("everything", _everything),
     Case("rising-halves", _rising_halves),
+    Case("low-scores", _low_scores),
 ]

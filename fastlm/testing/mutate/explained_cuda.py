@@ -167,13 +167,6 @@ REASONS: list[Reason] = [
         "gather", "if .w == warp", r"w \+ 1 < warps", "The last warp leaves sums that nobody takes.", True
     ),
     Reason(
-        "gather",
-        ".*highest = fmaxf",
-        "w < kWarps",
-        "What stands behind the maxima in shared memory is a sum of weights: any number above the maximum"
-        " serves as the shift, up to some 90 above. No case has a warp sum up as many equal scores.",
-    ),
-    Reason(
         "decode_attention_kernel",
         "if .cut.parts > 1",
         "begin >= end",
@@ -182,11 +175,19 @@ REASONS: list[Reason] = [
     ),
     Reason(
         "decode_attention_kernel",
-        r"for \(uint32_t start",
-        "start < end",
-        "One step more begins behind the last key: it reads none, and every weight is 0.",
+        r"if \(begin < end\) walk.ask",
+        "begin < end",
+        "Of no keys none is asked for: the copies write zeros, and are waited for.",
         True,
     ),
+    Reason(
+        "copy",
+        "if .warp == 0",
+        "lane / kKeys == kValues",
+        "Scales of keys and values have the same strides: both halves of a warp have found the same places.",
+        True,
+    ),
+    Reason("exists", "return page", "page >= 0", "Page 0 is what stands for one that does not exist.", True),
     Reason(
         "decode_merge_kernel",
         "if .col < a.value_dim. out",
