@@ -157,7 +157,7 @@ def _everything(d):
 
 
 def _low_scores(d):
-    """All scores are about -140, where sums of weights lie far above them; products and their sums are exact."""
+    """All scores are about -140, far below sums of weights; products and their sums are exact."""
     inputs = _make(d, 2, 1, 90, 20, (90, 33))
     keys = (64 + 8 * inputs["k_cache"]).round() / 64
     return inputs | {"q": torch.full_like(inputs["q"], -32), "k_cache": keys}
