@@ -52,12 +52,13 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
-def p_at_a_word(seed: int, row: int) -> float:
-    """The dropout_p whose threshold is a drawn word: of column 0 of a row, of key 0 of a query of head 0.
+def p_at_a_word(seed: int, row: int, word: int = 0) -> float:
+    """The dropout_p whose threshold is a drawn word: of one of columns 0 to 3 of a row, or such keys of a
+    query of head 0.
 
     That element is kept, by nothing to spare: a kernel that compares with > for >= drops it.
     """
-    return philox(torch.tensor([seed]), (0, row, 0, 0))[0].item() / 4294967296.0
+    return philox(torch.tensor([seed]), (0, row, 0, 0))[word].item() / 4294967296.0
 
 
 def cases_of(op: str, backend: str | None = None) -> tuple[list[Case], tuple[str, ...]]:
