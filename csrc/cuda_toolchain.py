@@ -41,9 +41,25 @@ def _existing(files: list[Path]) -> Path | None:
     return next((f for f in files if f.exists()), None)
 
 
+def included(source: Path) -> frozenset[Path]:
+    """It, and the files of csrc that it includes, directly or not."""
+    found, new = set(), [source.resolve()]
+    while new:
+        file = new.pop()
+        found.add(file)
+        names = re.findall(r'(?m)^ *#include "([^"]+)"', file.read_text())
+        places = {(folder / name).resolve() for name in names for folder in (file.parent, _ROOT)}
+        new += [f for f in places - found if f.exists()]
+    return frozenset(found)
+
+
 def sources() -> tuple[list[Path], list[Path]]:
-    """(every .cu, the bindings of those that are ops and of ops made of theirs and torch's matmul)."""
-    kernels = sorted((_ROOT / "cuda").glob("*.cu"))
+    """(every .cu, the bindings of those that are ops and of ops made of theirs and torch's matmul).
+
+    Kernels come in the order in which to compile them: those with most text first, as they take longest.
+    """
+    sizes = {f: sum(i.stat().st_size for i in included(f)) for f in (_ROOT / "cuda").glob("*.cu")}
+    kernels = sorted(sizes, key=lambda f: (-sizes[f], f.name))
     names = [name for f in kernels for name in (f.stem, f"{f.stem}_varlen")]
     names += ["feed_forward", "linear_cross_entropy"]
     bindings = [_ROOT / "bindings" / f"{name}.cpp" for name in sorted(names)]
@@ -124,7 +140,6 @@ def library(torch_folder: Path, versions: tuple[str, str], codes: list[str], tar
     as_device = [compile_cuda, *GPU_FLAGS, *codes, "-ccbin", toolchain.CXX]
     as_device += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     kernels, bindings = sources()
-    kernels.sort(key=lambda f: f.stat().st_size, reverse=True)  # first what takes longest
     with ThreadPoolExecutor(jobs()) as pool:
         work = [pool.submit(toolchain.made, [f], of_codes / f"{f.stem}.cu.o", as_device) for f in kernels]
         work.append(pool.submit(toolchain.compiled, bindings, kept / "cuda" / "bindings.o", as_host))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastlm.testing.cases import cases_of
+from fastlm.testing.mutate import cuda as mutate_cuda
 from fastlm.testing.mutate import cuda_source, ptx
 from fastlm.testing.mutate.cuda import CudaKernels, stable, told
 from fastlm.testing.mutate.job import CAUGHT, Job, groups_of
@@ -97,7 +98,7 @@ def test_a_flip_behind_its_number_and_one_in_the_source_are_both_caught(kernels,
     assert point.wrong() is None  # all is as before
 
 
-def test_what_a_kernel_does_not_reach_is_no_mutant_of_it(kernels, point):
+def test_what_a_kernel_does_not_have_is_no_mutant_of_it(kernels, point):
     found = {(m.file.rpartition("/")[2], m.line) for m in kernels.mutants([point])}
     assert ("rows.cuh", one("rows.cuh", "item < left").line) in found
     assert not any(file in ("layer_norm.cu", "sums.cuh") for file, _ in found)
@@ -105,9 +106,8 @@ def test_what_a_kernel_does_not_reach_is_no_mutant_of_it(kernels, point):
 
 def test_a_change_that_leaves_the_code_of_a_point_is_told_apart(kernels, point):
     other = one("softmax.cu", "start < n ->")  # of a row too long for a block's registers
-    for there in ({point.name}, set()):
-        with kernels._alone(other, [point], there) as wrong:
-            assert wrong(point) == SAME
+    with kernels._alone(other, [point], set()) as wrong:
+        assert wrong(point) == SAME
 
 
 def test_a_point_is_not_asked_about_what_its_threads_do_not_come_to(kernels, point, monkeypatch):
@@ -135,3 +135,10 @@ def test_what_has_been_tried_is_not_tried_again(kernels, point, tmp_path, monkey
 
     assert tried(str) == [CAUGHT]
     assert tried(lambda text: pytest.fail(f"tried again: {text}")) == [CAUGHT]
+
+
+def test_a_search_among_the_numbers_of_flips_is_refused():
+    equal = b"mov.u32 \t%r1, %envreg0;\nsetp.eq.s32 \t%p1, %r1, 1234567;\n@%p1 bra $L1;\nmov.u32 %r11, 0;\n"
+    mutate_cuda._refuse_jumps(equal)
+    with pytest.raises(RuntimeError, match=r"used otherwise: setp.lt.s32 %p2, %r1, 1300000;"):
+        mutate_cuda._refuse_jumps(equal + b"setp.lt.s32 %p2, %r1, 1300000;\n")

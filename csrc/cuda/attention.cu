@@ -93,6 +93,7 @@ struct ForwardBlock {
     copy_rows_async<T, kRows, kDim, kThreads>(of_q, matrix_of<T>(a.in.q, b, h, seq.first_q), first, seq.nq);
   }
 
+  // Adds up what all keys give.
   __device__ void along(Softmax& rows, Sums<kCols>& sums) const {
     const Span keys = keys_of(seq, first, kRows, kStep);
     if (keys.begin < keys.end) copy_rows_async<T, kStep, kDim, kThreads>(of_k, k, keys.begin, seq.nk);

@@ -151,7 +151,7 @@ struct DqBlock {
     }
   }
 
-  __device__ void store_gradients(const Row (&rows)[2]) const {
+  __device__ void store_dq(const Row (&rows)[2]) const {
     const auto row = [&](int, int e) { return rows[e / 2]; };
     Sums<kDim> sums;
     set_zero<kDim>(sums);
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(dq_tiles(sizeof(T), kDim).threads(), 1)
   if (a.dq || from_scores) own.load_queries();
   Row rows[2];
   if (from_scores) own.rows_of_scores(rows);
-  own.keep_rows(exact, rows);
-  if (a.dq) own.store_gradients(rows);
+  own.keep_rows(from_scores, rows);
+  if (a.dq) own.store_dq(rows);
 }
 
 }  // namespace

@@ -91,9 +91,9 @@ __device__ inline Range range_of(const DecodeAttention& a, int64_t batch, const 
           .slope = a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_batch + row.head * a.alibi_head] : 0};
 }
 
-__device__ inline float exponential(float x) {
-  return exp2f(x * kLog2E);
-}  // of a difference: exact near the top
+// exp(x) of what a score is above the largest: the product is rounded, by nothing for x = 0 and by little for
+// the keys that weigh most.
+__device__ inline float exponential(float x) { return exp2f(x * kLog2E); }
 
 __device__ inline float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
@@ -525,7 +525,7 @@ void with_shape(const DecodeAttention& a, F&& f) {
   }
 }
 
-// Of a cache of C.
+// Launches the kernel for a cache of C.
 template <class Q, class C>
 void decode_parts(const Context& context, const Decode& d) {
   const DecodeAttention& a = d.a;
@@ -536,7 +536,7 @@ void decode_parts(const Context& context, const Decode& d) {
   });
 }
 
-// Of a cache of int8: a file of its own, so that both are compiled side by side.
+// Does so for a cache of int8: in a file of its own, so that both are compiled side by side.
 void decode_quantised_parts(const Context& context, const Decode& d);
 
 }  // namespace fastlm

@@ -139,7 +139,7 @@ __device__ void add_product_of_rows(Sums<kCols>& c, const T* a, const T* b) {
   }
 }
 
-// c += p b in float32; blocks of 8 columns at a time, so that there are at most 16 sums beside c.
+// c += p b in float32; up to four blocks of 8 columns at a time: 16 sums beside c.
 template <int kCols, int kDepth, int kPitchOfB>
 __device__ void add_float_product(Sums<kCols>& c, const Sums<kDepth>& p, const float* b) {
   constexpr int kGroup = kCols % 32 == 0 ? 4 : 2;

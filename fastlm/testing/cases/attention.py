@@ -196,6 +196,7 @@ CASES = [
     Case("everything", _everything),
     Case("tiles-one-key-short", _shape(1, 2, 9, 127, 16)),
     Case("bias-tiles-seen-by-a-corner", _corners),
+    Case("window-past-keys", _shape(1, 2, 5, 300, 20, causal="bottom_right", window=(7, None))),
     *(
         Case(f"dropout-word-{n}", _shape(1, 1, 5, 9, 20, dropout_p=p_at_a_word(6, 0, n), seed=6))
         for n in (1, 2, 3)

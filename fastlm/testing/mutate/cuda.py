@@ -17,7 +17,6 @@ import torch
 
 from ..ptxsim import cuda_build
 from ..ptxsim.machine import Machine
-from ..ptxsim.profile import Profile
 from . import cuda_source, ptx
 from .points import Invalid, Point
 from .source import Changed, Mutant, digest_of
@@ -51,21 +50,20 @@ def _texts(file: Path) -> dict[str, bytes]:
     return {name: _FILE.sub("", own.decode()).encode() + files.encode() + b"\n" for name, own in kept}
 
 
-class _Reached(Profile):
-    """Notes which basic blocks have been run, and nothing else."""
+class _Reached:
+    """A profile that notes which basic blocks have been run, and nothing else."""
 
     def __init__(self):
-        super().__init__()
         self._blocks: dict[int, list] = {}
 
+    def start(self, *launch) -> None:
+        """Nothing."""
+
     def block(self, instructions: list, lanes) -> None:
+        """A basic block that `lanes` run."""
         self._blocks[id(instructions)] = instructions
 
-    def memory(self, *access) -> None:
-        pass
-
-    def shared(self, *access) -> None:
-        pass
+    memory = shared = start
 
     def text(self) -> bytes:
         """Their PTX."""
@@ -102,7 +100,8 @@ class CudaKernels:
         """A file that has the kernel: the one that its name tells, else one that others were from."""
         if match := _OF_FILE.search(name):
             return match.group(3)
-        return next(s for s in (*self._home.values(), *self._sources) if name in self._plain(s))
+        likely = sorted(self._sources, key=lambda s: not told(name).startswith(s))
+        return next(s for s in (*self._home.values(), *likely) if name in self._plain(s))
 
     def paths(self) -> dict[str, str]:
         """The files that hold kernels, by their names."""
@@ -139,6 +138,8 @@ class CudaKernels:
                 launches, wrong = point.ran(profile)
                 if wrong is not None:
                     raise RuntimeError(f"{self._op} {point.name} with comparisons behind numbers: {wrong}")
+                for launch in launches:
+                    _refuse_jumps(launch.binary)
                 present[point.name] = {n for la in launches for n in _numbers_in(la.binary)}
                 reached[point.name] = _numbers_in(profile.text())
         return present, reached
@@ -152,9 +153,8 @@ class CudaKernels:
 
         @functools.cache
         def texts(stem: str) -> dict[str, bytes]:
-            number = re.compile(rb"(?<![\w.])%d(?![\w.])" % one.number)
             plain = self._plain(stem)
-            return {k: t if number.search(t) else plain[k] for k, t in self._flips(stem).items()}
+            return {k: t if one.number in _numbers_in(t) else plain[k] for k, t in self._flips(stem).items()}
 
         Machine.environment = one.number
         try:
@@ -221,13 +221,28 @@ def _files(csrc: Path) -> list[Path]:
 @functools.cache
 def _included(source: Path) -> frozenset[Path]:
     """It, and the files of csrc/cuda that it includes."""
-    names = re.findall(r'(?m)^#include "(\w+\.cuh)"', source.read_text())
-    return frozenset([source]).union(*(_included(source.parent / name) for name in names))
+    return frozenset(f for f in cuda_build.included(source) if f.parent == source.parent)
 
 
+@functools.lru_cache(maxsize=1024)
 def _numbers_in(binary: bytes) -> set[int]:
     known = {c.number for f in _files(cuda_build.CSRC) for c in cuda_source.comparisons(f)}
     return known & {int(n) for n in re.findall(rb"(?<![\w.])\d{6,9}(?![\w.])", binary)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _refuse_jumps(binary: bytes) -> None:
+    """Raises: RuntimeError where %envreg0 is not only compared for equality with one number after the other.
+
+    A search among numbers would come only to those near what it holds: blocks would not tell what is reached.
+    """
+    for register in set(re.findall(rb"mov\.u32\s+(%r\d+), %envreg0", binary)):
+        uses = re.findall(rb"[^\n]*" + register + rb"(?!\d)[^\n]*", binary)
+        for use in uses:
+            if b"%envreg0" not in use and not re.search(rb"\bsetp\.(eq|ne)\.", use):
+                raise RuntimeError(
+                    f"what holds the number of a flip is used otherwise: {use.decode().strip()}"
+                )
 
 
 @contextmanager

@@ -22,8 +22,6 @@ import torch
 _ROOT = Path(__file__).resolve().parents[3]
 CSRC = _ROOT / "csrc"
 _BUILD = _ROOT / "build" / "cuda_model"
-_HEADERS = ("*.h", "contract/*.h", "cuda/*.cuh")
-_OF_BINDINGS = ("bindings/*.h", "simulated/*.h")
 _ENTRY = re.compile(r"(?m)^(?:\.visible |\.weak )?\.entry\s+([$\w]+)")
 
 
@@ -58,28 +56,26 @@ def sources() -> tuple[list[Path], list[Path]]:
     return _toolchain().sources()
 
 
-@functools.cache
-def _headers() -> bytes:
-    return hashlib.sha256(b"".join(f.read_bytes() for f in _found(_HEADERS))).digest()
-
-
-def _found(patterns: tuple[str, ...]) -> list[Path]:
-    return [f for pattern in patterns for f in sorted(CSRC.glob(pattern))]
+def included(source: Path) -> frozenset[Path]:
+    """A file of csrc, and the files of csrc that it includes, directly or not."""
+    return _toolchain().included(source)
 
 
 def _place(name: str, made_from: list) -> Path:
     """build/cuda_model/<name>, with a hash in it of all that it is made from."""
-    key = hashlib.sha256(_headers() + repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
+    key = hashlib.sha256(repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
     for part in made_from:
-        key.update(part.read_bytes() if isinstance(part, Path) else str(part).encode())
+        files = sorted(included(part)) if isinstance(part, Path) else ()
+        key.update(b"".join(f.read_bytes() for f in files) if files else str(part).encode())
     stem, _, suffix = name.rpartition(".")
     return _BUILD / f"{stem}-{key.hexdigest()[:16]}.{suffix}"
 
 
 def kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
-    """build/cuda_model/<name>, with a hash in its name of all that it is made from: files, and words.
+    """build/cuda_model/<name>, with a hash in its name of all that it is made from.
 
-    Made by make(where) unless it is there.
+    made_from: files of csrc, which count with all that they include, and words. Made by make(where) unless
+    it is there.
     """
     target = _place(name, made_from)
     if not target.exists():
@@ -164,15 +160,14 @@ def library(cuda: list[Path], bindings: list[Path]) -> Path:
     def bound(name: str, files: list[Path]) -> Path:
         flags = [*include.split(), "-DFASTLM_GPU", "-DFASTLM_SIMULATED"]
         flags += _toolchain().toolchain.together(files)
-        made_from = [*files, *_found(_OF_BINDINGS)]
-        return kept(f"{name}.cpp.o", made_from, lambda to: _toolchain().toolchain.run(flags, to))
+        return kept(f"{name}.cpp.o", files, lambda to: _toolchain().toolchain.run(flags, to))
 
     def link(to: Path) -> None:
         linked = ["-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
         _toolchain().toolchain.run(linked, to)
 
     with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(host, f) for f in sorted(cuda, key=lambda f: f.stat().st_size, reverse=True)]
+        jobs = [pool.submit(host, f) for f in cuda]
         jobs += [pool.submit(bound, "bindings", bindings), pool.submit(bound, "simulated", simulated)]
         objects = [job.result() for job in jobs]
         return kept("model.so", [f.name for f in objects], link)
