@@ -19,7 +19,7 @@ WHEELS = (
 GPU_FLAGS = ("-std=c++20", "-O3", "-DFASTLM_GPU")
 UNKNOWN_GPU = "8.0 9.0 10.0 12.0+PTX"  # without TORCH_CUDA_ARCH_LIST, where no GPU is seen
 _LEAST = 8.0  # compute capability: cp.async, bfloat16 and its mma came with it
-_JOB_BYTES = 1 << 30  # 0.6 GB is the most that was measured, of attention_backward.cu
+_JOB_BYTES = 1 << 30  # 0.6 GB is the most that was measured
 _ROOT = Path(__file__).resolve().parent
 
 

@@ -231,6 +231,13 @@ REASONS: list[Reason] = [
         True,
     ),
     Reason(
+        "walk",
+        r"if \(kStages == 2 && steps",
+        "steps > 0",
+        "Of no steps a tile is copied that nobody reads.",
+        True,
+    ),
+    Reason(
         "sees",
         "return i0 < nq",
         "(i0 < nq|j0 < nk)",
