@@ -98,7 +98,8 @@ def test_a_change_of_the_source_that_ops_share_is_tried_and_counted_once(tmp_pat
     facts = {"kind": "source", "kernel": "k", "where": "f.py:1", "line": "x", "what": "a < b -> a <= b"}
     one = facts | {"op": "one", "arch": "sm_80", "verdict": SURVIVED, "seconds": 1.0}
     two, three = one | {"op": "two", "verdict": CAUGHT}, one | {"op": "three", "verdict": CAUGHT}
-    found = report([one, two, three, two | {"kind": "ptx"}, one | {"what": "another"}])
+    another = one | {"what": "another"}  # survives both ops' cases
+    found = report([one, two, three, two | {"kind": "ptx"}, another, another | {"op": "two"}])
     assert {(r["op"], r["kind"]): (r["mutants"], r["caught"]) for r in found["rows"]} == {
         ("one", "source"): (1, 0),
         ("two", "ptx"): (1, 1),

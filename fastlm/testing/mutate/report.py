@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from . import explained, explained_cuda
-from .job import CAUGHT, EQUIVALENT, SURVIVED
+from .job import CAUGHT, EQUIVALENT, INVALID, SURVIVED
 from .source import TritonKernels
 
 _NAMES = ("op", "arch", "kind", "kernel")
@@ -49,9 +49,13 @@ def report(records: list[dict], kernels=TritonKernels) -> dict:
 
 
 def _once(records: list[dict]) -> list[dict]:
-    """Without source changes that another op's cases have caught: what ops share is counted once."""
-    caught = {_change(r): r for r in reversed(records) if r["kind"] == "source" and r["verdict"] == CAUGHT}
-    return [r for r in records if r["kind"] != "source" or caught.get(_change(r), r) is r]
+    """Of source changes that ops share one record: of the op whose cases caught it, else of the first."""
+    kept = {}
+    for verdict in (CAUGHT, SURVIVED, *EQUIVALENT, INVALID):
+        for record in records:
+            if record["kind"] == "source" and record["verdict"] == verdict:
+                kept.setdefault(_change(record), record)
+    return [r for r in records if r["kind"] != "source" or kept[_change(r)] is r]
 
 
 def _change(record: dict) -> tuple:
