@@ -129,11 +129,17 @@ def test_reference_gradients_pass_gradcheck_in_float64(name):
 
 def test_double_backward_of_every_backend_is_that_of_the_reference():
     def second(backend, dtype):
-        q, k, v = (Draw(s, torch.float32).normal(1, 2, 9, 8).to(dtype).requires_grad_() for s in range(3))
-        (dq,) = torch.autograd.grad(
-            attention(q, k, v, causal=True, backend=backend).square().sum(), q, create_graph=True
-        )
-        return torch.autograd.grad(dq.square().sum(), (q, k, v))
+        """Gradients by q, k and v, six draws stacked: they are judged as one sample."""
+        found = []
+        for seed in range(0, 18, 3):
+            q, k, v = (
+                Draw(seed + i, torch.float32).normal(1, 2, 9, 8).to(dtype).requires_grad_() for i in range(3)
+            )
+            (dq,) = torch.autograd.grad(
+                attention(q, k, v, causal=True, backend=backend).square().sum(), q, create_graph=True
+            )
+            found.append(torch.autograd.grad(dq.square().sum(), (q, k, v)))
+        return [torch.stack(of_one) for of_one in zip(*found, strict=True)]
 
     low, ref = second("reference", torch.float32), second("reference", torch.float64)
     for backend in BACKENDS:
