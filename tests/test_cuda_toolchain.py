@@ -46,6 +46,20 @@ def test_without_a_gpu_the_tested_architectures_are_built(toolchain):
     assert [c.split(",")[0] for c in codes] == [f"-gencode=arch=compute_{a}" for a in (80, 90, 100, 120)]
 
 
+def test_a_source_counts_with_all_that_it_includes(toolchain, tmp_path):
+    for name, includes in {"a.cu": ["b.cuh", "missing.cuh"], "b.cuh": ["c.cuh"], "c.cuh": ["b.cuh"]}.items():
+        (tmp_path / name).write_text("".join(f'#include "{i}"\n' for i in includes) + "#include <vector>\n")
+    assert {f.name for f in toolchain.included(tmp_path / "a.cu")} == {"a.cu", "b.cuh", "c.cuh"}
+    (tmp_path / "d.cu").write_text('#include "contract/rope.h"\n')  # of csrc, as -I has it
+    assert {f.name for f in toolchain.included(tmp_path / "d.cu")} >= {"rope.h", "kernels.h", "dtype.h"}
+
+
+def test_what_takes_longest_is_compiled_first(toolchain):
+    names = [f.stem for f in toolchain.sources()[0]]
+    assert {n.split("_")[-1] for n in names[:5]} == {"attention", "int8", "backward", "dbias", "dkv"}
+    assert names[-1] == "convert"
+
+
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [

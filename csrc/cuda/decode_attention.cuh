@@ -91,8 +91,8 @@ __device__ inline Range range_of(const DecodeAttention& a, int64_t batch, const 
           .slope = a.alibi_slopes ? a.alibi_slopes[batch * a.alibi_batch + row.head * a.alibi_head] : 0};
 }
 
-// exp(x) of what a score is above the largest: the product is rounded, by nothing for x = 0 and by little for
-// the keys that weigh most.
+// exp(x) of a score less the largest: the product is rounded, by nothing for x = 0 and by little for the keys
+// that weigh most.
 __device__ inline float exponential(float x) { return exp2f(x * kLog2E); }
 
 __device__ inline float quad_max(float v) {

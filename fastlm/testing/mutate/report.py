@@ -50,11 +50,10 @@ def report(records: list[dict], kernels=TritonKernels) -> dict:
 
 def _once(records: list[dict]) -> list[dict]:
     """Of source changes that ops share one record: of the op whose cases caught it, else of the first."""
-    kept = {}
-    for verdict in (CAUGHT, SURVIVED, *EQUIVALENT, INVALID):
-        for record in records:
-            if record["kind"] == "source" and record["verdict"] == verdict:
-                kept.setdefault(_change(record), record)
+    kept, order = {}, (CAUGHT, SURVIVED, *EQUIVALENT, INVALID)
+    for record in sorted(records, key=lambda r: order.index(r["verdict"])):
+        if record["kind"] == "source":
+            kept.setdefault(_change(record), record)
     return [r for r in records if r["kind"] != "source" or kept[_change(r)] is r]
 
 

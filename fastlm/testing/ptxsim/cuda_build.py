@@ -61,17 +61,19 @@ def included(source: Path) -> frozenset[Path]:
     return _toolchain().included(source)
 
 
-def _place(name: str, made_from: list) -> Path:
+def _place(name: str, made_from: list[Path | str]) -> Path:
     """build/cuda_model/<name>, with a hash in it of all that it is made from."""
     key = hashlib.sha256(repr((_toolchain().GPU_FLAGS, nvcc(), torch.__version__)).encode())
     for part in made_from:
-        files = sorted(included(part)) if isinstance(part, Path) else ()
-        key.update(b"".join(f.read_bytes() for f in files) if files else str(part).encode())
+        if isinstance(part, Path):
+            key.update(b"".join(f.read_bytes() for f in sorted(included(part))))
+        else:
+            key.update(part.encode())
     stem, _, suffix = name.rpartition(".")
     return _BUILD / f"{stem}-{key.hexdigest()[:16]}.{suffix}"
 
 
-def kept(name: str, made_from: list, make: Callable[[Path], None]) -> Path:
+def kept(name: str, made_from: list[Path | str], make: Callable[[Path], None]) -> Path:
     """build/cuda_model/<name>, with a hash in its name of all that it is made from.
 
     made_from: files of csrc, which count with all that they include, and words. Made by make(where) unless
