@@ -271,3 +271,8 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
         _LIBRARY.impl(f"{name}.cuda", _cuda_kernels.simulated_body(name), "CPU")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.fastlm, name), backend)
+
+
+# What csrc/bindings/autograd.cpp calls where the graph is not kept and only the GPU knows the gradient.
+_SCALE_UNITS = "(Tensor(a!) units, Tensor factor) -> ()", lambda units, factor: None
+SCALE_UNITS = {backend: _declare("scale_units", backend, _SCALE_UNITS) for backend in ("cuda", "triton")}

@@ -36,6 +36,14 @@ def test_usual_kernels_are_within_their_stored_limits(arch):
     assert not bars.worse(bars.read(STORED), measured(arch, calls))
 
 
+def test_what_several_calls_launch_is_one_kernel():
+    def scale():  # which Triton compiles for all n that are multiples of 16, and looks up for each
+        for n in (16, 32, 48):
+            torch.ops.fastlm.scale_units.triton(torch.empty(n), torch.ones(()))
+
+    assert [name for name, _ in launched(80, scale)] == ["scale_all"]
+
+
 @pytest.mark.gpu_model
 @pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize("op", dict.fromkeys(key.split()[0] for key in bars.read(STORED)))

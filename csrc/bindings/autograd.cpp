@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -40,6 +41,7 @@ struct Wiring {
   Ints gradient_of;    // of each forward argument: which result of the backward kernel; -1: none
   Ints shared;         // and where that is empty: which other result, or -2 - i: gradient i; -1: none
   Ints units;          // of each forward argument: which output is its gradient for a gradient 1; -1: none
+  std::optional<c10::OperatorHandle> scale_units;  // the backend's own, where only a GPU knows the gradient
 };
 
 bool needs_graph(const IValue* args, int64_t count) {
@@ -173,17 +175,25 @@ class KernelNode : public torch::autograd::Node {
                                     const std::vector<bool>& needs) {
     const Tensor gradient = known[0].toTensor();
     const bool traced = c10::impl::TorchDispatchModeTLS::any_modes_set() || gradient.is_meta();
-    const bool is_one = !traced && gradient.is_cpu() && gradient.item().toDouble() == 1.0;
+    const bool known_here = !traced && !w.scale_units && gradient.is_cpu();
+    const bool is_one = known_here && gradient.item().toDouble() == 1.0;
     variable_list found(w.arguments);
     for (int64_t i = 0; i < w.arguments; ++i) {
       if (!needs[i]) continue;
       const Tensor unit = unit_of(w, known, i);
       const at::ScalarType type = argument_of(w, known, i).scalar_type();
       found[i] = is_one                       ? unit.to(type)
-                 : unit.scalar_type() == type ? unit.mul_(factor_of(unit, gradient))
+                 : unit.scalar_type() == type ? scaled_in_place(w, unit, gradient, traced)
                                               : scaled(unit, gradient, type);
     }
     return found;
+  }
+
+  static Tensor scaled_in_place(const Wiring& w, Tensor unit, const Tensor& gradient, bool traced) {
+    if (traced || !w.scale_units) return unit.mul_(factor_of(unit, gradient));
+    Stack stack{unit, gradient.to(at::kFloat)};
+    w.scale_units->callBoxed(&stack);
+    return unit;
   }
 
   static Tensor scaled(const Tensor& unit, const Tensor& gradient, at::ScalarType type) {
@@ -273,15 +283,19 @@ struct AutogradKernel : c10::OperatorKernel {
   }
 };
 
+// What follows the dot of "op.backend"; empty without one.
+std::string backend_of(const std::string& name) {
+  const size_t dot = name.find('.');
+  return dot == std::string::npos ? "" : name.substr(dot + 1);
+}
+
 // forward, backward: "op.backend"; reference_gradients: an op's name. The rest as in Wiring.
 void register_autograd(const std::string& forward, const std::string& backward,
                        const std::string& reference_gradients, int64_t public_outputs, Ints saved_outputs,
                        Ints sources, Ints wanted, Ints gradient_of, Ints shared, Ints units) {
   const auto find = [](const std::string& name) {
-    const size_t dot = std::min(name.find('.'), name.size());
-    const std::string overload = dot < name.size() ? name.substr(dot + 1) : "";
-    return c10::Dispatcher::singleton().findSchemaOrThrow(("fastlm::" + name.substr(0, dot)).c_str(),
-                                                          overload.c_str());
+    return c10::Dispatcher::singleton().findSchemaOrThrow(
+        ("fastlm::" + name.substr(0, name.find('.'))).c_str(), backend_of(name).c_str());
   };
   const c10::FunctionSchema& schema = find(forward).schema();
   Wiring wiring{find(backward),
@@ -294,7 +308,8 @@ void register_autograd(const std::string& forward, const std::string& backward,
                 std::move(wanted),
                 std::move(gradient_of),
                 std::move(shared),
-                std::move(units)};
+                std::move(units),
+                c10::Dispatcher::singleton().findSchema({"fastlm::scale_units", backend_of(forward)})};
   // Kept for ever: at exit the dispatcher may be gone before it.
   auto* library =
       new torch::Library(torch::Library::IMPL, "fastlm", c10::DispatchKey::Autograd, __FILE__, __LINE__);

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._config import arch_of
 from ._matmul import dot_kind
-from ._philox import dropout_words
+from ._philox import wide_philox
 
 _LOG2E = 1.4426950408889634
 LIGHT = ("", "alibi", "packed")  # Problem.options that need few registers
@@ -149,14 +150,54 @@ def hide(x, fill, i, j, i0, i1, j0, j1, nq, nk, low, high, mask, mask_q, mask_k)
 
 
 @triton.jit
-def survivors(seed, i, j0, head, threshold, KEYS: tl.constexpr):
-    """Whether dropout keeps the weight of query i [N] and key j0 + [0, KEYS): boolean [N, KEYS]."""
-    block = (j0 // 4 + tl.arange(0, KEYS // 4))[None, :] + 0 * i[:, None]
-    row = i[:, None] + 0 * block
-    words = dropout_words(
-        tl.load(seed), block.to(tl.uint32), row.to(tl.uint32), (head + 0 * block).to(tl.uint32)
-    )
+def _kept(seed, row, block, head, threshold, IN_PLACE: tl.constexpr):
+    """Whether dropout keeps query `row`'s weights of the keys of `block`, which broadcast: [..., 2, 2]."""
+    block, row = tl.broadcast(block, row)
+    head = (head + 0 * block).to(tl.uint32)
+    w0, w1, w2, w3 = wide_philox(tl.load(seed), block.to(tl.uint32), row.to(tl.uint32), head, IN_PLACE)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def survivors(seed, i, j0, head, threshold, KEYS: tl.constexpr, PAIRS: tl.constexpr):
+    """Whether dropout keeps the weight of query i [N] and key j0 + [0, KEYS): boolean [N, KEYS].
+
+    PAIRS: of a product a thread holds, as of mma.sync and of wgmma, two neighbouring columns in rows r and
+    r + 8. The two with the keys of one block then take it for one row each, and swap half of its words.
+    """
+    N: tl.constexpr = i.shape[0]
+    block = j0 // 4 + tl.arange(0, KEYS // 4)
+    if PAIRS:
+        rows = tl.permute(tl.reshape(i, [N // 16, 2, 8]), (0, 2, 1))[None, :, :, None, :]
+        block = tl.reshape(block, [KEYS // 8, 2])[:, None, None, :, None]
+        kept = tl.permute(_kept(seed, rows, block, head, threshold, False), (1, 4, 2, 0, 3, 5, 6))
+    else:
+        kept = _kept(seed, i[:, None], block[None, :], head, threshold, True)
+    return tl.reshape(kept, [N, KEYS])
+
+
+@triton.jit
+def dropped_keys(KEYS: tl.constexpr, PAIRS: tl.constexpr):
+    """[0, KEYS) in the order of survivors_of_keys: with PAIRS rows r and r + 8 are neighbours."""
+    r = tl.arange(0, KEYS)
+    if PAIRS:
+        r = r // 16 * 16 + r % 8 * 2 + r // 8 % 2
+    return r
+
+
+@triton.jit
+def survivors_of_keys(seed, i, j0, head, threshold, KEYS: tl.constexpr, PAIRS: tl.constexpr):
+    """The same by key, j0 + dropped_keys: boolean [KEYS, N]."""
+    if PAIRS:  # the two threads with a block take it for one of two neighbouring queries each
+        N: tl.constexpr = i.shape[0]
+        rows = tl.permute(tl.reshape(i, [N // 8, 4, 2]), (0, 2, 1))[:, None, None, :, :]
+        block = tl.reshape(j0 // 4 + tl.arange(0, KEYS // 4), [KEYS // 16, 4])[None, :, :, None, None]
+        kept = tl.permute(_kept(seed, rows, block, head, threshold, False), (1, 6, 2, 5, 0, 4, 3))
+        kept = tl.reshape(kept, [KEYS, N])
+    else:
+        kept = tl.trans(survivors(seed, i, j0, head, threshold, KEYS, False))
+    return kept
 
 
 @triton.jit
@@ -221,8 +262,8 @@ def problem_of(
     beside = (_view_of(mask), _view_of(bias), _view_of(slopes))
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
     layout = _layout(
-        views, beside, q.dtype, dot_kind(q.dtype), batch, longest, scale, offset, left, right, softcap,
-        dropout_p,
+        views, beside, q.dtype, dot_kind(q.dtype), arch_of(q.device), batch, longest, scale, offset, left,
+        right, softcap, dropout_p,
     )  # fmt: skip
     seed = seed if dropout_p > 0 else None
     return Problem((q, k, v, mask, bias, lengths, starts_q, starts_k, slopes, seed), *layout)
@@ -240,7 +281,7 @@ def _band(offset: int, left: int, right: int) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _layout(
-    views, beside, dtype, kind, batch, longest, scale, offset, left, right, softcap, dropout_p
+    views, beside, dtype, kind, arch, batch, longest, scale, offset, left, right, softcap, dropout_p
 ) -> tuple:  # fmt: skip
     """All of a Problem but its tensors: what a model's calls have in common. views: of q, k, v and dout."""
     packed, unit = longest is not None, _unit_of(views, dtype.itemsize)
@@ -262,6 +303,7 @@ def _layout(
         "RAW": half and scale > 0 and not capped and slopes is None and bias is None,
         "UNIT": unit,
         "EVEN": (dim, dim_v) == (block_d, block_v),
+        "PAIRS": half and not 100 <= arch < 120,  # their products are rows of tensor memory
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BD": block_d,
         "BV": block_v,

@@ -22,6 +22,7 @@ from ._attention import (
     LIGHT,
     SCALARS,
     Problem,
+    dropped_keys,
     has_100_kb,
     head_of,
     hide,
@@ -32,6 +33,7 @@ from ._attention import (
     sequence_of,
     store_rows,
     survivors,
+    survivors_of_keys,
     zero_gaps,
 )
 from ._config import Config, config_for
@@ -62,8 +64,10 @@ def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: 
     if width <= 64:
         if arch == 90 and options in LIGHT:  # measured: 252 us, of 128 queries 454
             return Config((64, 64), 4, 3)
+        if arch == 90 and options in ("dropout", "alibi dropout", "dropout packed"):  # not measured: as those
+            return Config((64, 64), 4, 2)  # 191 to 233 registers: two programs at a time
         if arch == 90 or options in LIGHT and not has_100_kb(arch):
-            return Config((128, 64), 8, 2)  # 205 registers on sm_90, else 255
+            return Config((128, 64), 8, 2)  # 194 registers on sm_90, else 255
         return Config((128, 32), 8, 2)  # 250 registers; up to 71 spills of 64 keys
     if arch == 90:  # wgmma reads q and dout from shared memory, so registers are left: 178, 194
         if width > 128:
@@ -99,8 +103,12 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: st
     if width <= 64:
         if arch == 90 and options in ("", "packed"):  # measured: 392 us, of 128 keys 616, though 15 spill
             return Config((128, 64), 4, 2)
+        if arch == 90 and options in ("dropout", "alibi dropout"):  # not measured: see dq_config
+            return Config((64, 64), 4, 2)  # 240, 252 registers
+        if arch == 90 and "softcap" in options and "dropout" in options:
+            return Config((32, 128), 8, 2)  # 211 registers, where 64 queries spill 6
         if arch == 90:
-            return Config((64, 128), 8, 2)  # 242 registers
+            return Config((64, 128), 8, 2)  # 255 registers
         if "dropout" in options or "bias" in options and has_100_kb(arch):
             return Config((16, 128), 8, 2)  # 234 registers; up to 28 spills of 32 queries
         return Config((32, 128), 8, 2)  # 216 to 251 registers; 64 queries: spilled
@@ -159,7 +167,8 @@ def _dq_kernel(
     factor, cap, scale, threshold, survivor_scale,
     dout, do_b, do_h, do_s, stats, stat_size,
     out, lse, dlse, dlse_b, dlse_h, dlse_s, has_dlse, dq, needs_dq,
-    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +244,8 @@ def _dq_kernel(
             v_tile = load_rows(v, v_s, j, e, nk, width_v, EVEN)
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             if seed is not None:
-                dp = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN), dp * survivor_scale, 0.0)
+                kept = survivors(seed, i, j0, b * heads + h, threshold, BN, PAIRS)
+                dp = tl.where(kept, dp * survivor_scale, 0.0)
             total, mixed, top = total * shrink + tl.sum(p, 1), mixed * shrink + _row_sums(p, dp), higher
         empty = total == 0
         base = tl.where(empty, float("inf"), top)  # of an empty row every weight is 0
@@ -270,7 +280,8 @@ def _dq_kernel(
         )  # fmt: skip
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         if seed is not None:
-            dp = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN), dp * survivor_scale, 0.0)
+            kept = survivors(seed, i, j0, b * heads + h, threshold, BN, PAIRS)
+            dp = tl.where(kept, dp * survivor_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if cap is not None:
             ds *= 1.0 - bent * bent
@@ -287,7 +298,8 @@ def _dkv_kernel(
     factor, cap, scale, threshold, survivor_scale,
     dout, do_b, do_h, do_s, stats, stat_size,
     dk, dv, needs_dk, needs_dv,
-    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -313,6 +325,8 @@ def _dkv_kernel(
         return
 
     j0, j = tile * BN, tile * BN + tl.arange(0, BN)
+    if seed is not None:
+        j = j0 + dropped_keys(BN, PAIRS)
     k, k_s = head_of(k, b, kv_head, first_k, k_b, k_h, k_s, UNIT, PACKED)
     v, v_s = head_of(v, b, kv_head, first_k, v_b, v_h, v_s, UNIT, PACKED)
     k_tile = load_rows(k, k_s, j, d, nk, width, EVEN)
@@ -351,7 +365,7 @@ def _dkv_kernel(
         do_tile = load_rows(do_head, do_row, i, e, nq, width_v, EVEN)
         dropped = p
         if seed is not None:
-            kept = tl.trans(survivors(seed, i, j0, b * heads + h, threshold, BN))
+            kept = survivors_of_keys(seed, i, j0, b * heads + h, threshold, BN, PAIRS)
             dropped = tl.where(kept, p * survivor_scale, 0.0)
         dv_acc = add_product(dv_acc, dropped.to(do_tile.dtype), do_tile, PRECISION)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
@@ -375,7 +389,8 @@ def _dbias_kernel(
     factor, cap, scale, threshold, survivor_scale,
     dout, do_b, do_h, do_s, stats, stat_size,
     parts, kept_b, kept_h, splits,
-    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -422,7 +437,8 @@ def _dbias_kernel(
         )  # fmt: skip
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         if seed is not None:
-            dp = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN), dp * survivor_scale, 0.0)
+            kept = survivors(seed, i, j0, b * heads + h, threshold, BN, PAIRS)
+            dp = tl.where(kept, dp * survivor_scale, 0.0)
         acc += p * (dp - delta[:, None])
 
     rows, cols = tiles_q if SUM_Q else queries, tiles_k if SUM_K else keys

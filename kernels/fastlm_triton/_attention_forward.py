@@ -67,7 +67,8 @@ def _forward_kernel(
     heads, group, batch, queries, keys, tokens_q, tokens_k, dim, dim_v, offset, left, right,
     factor, cap, scale, threshold, survivor_scale,
     out, lse,
-    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RAW: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(queries, BM), tl.program_id(0)
@@ -137,7 +138,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         top = higher
         if seed is not None:
-            p = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN), p, 0.0)
+            p = tl.where(survivors(seed, i, j0, b * heads + h, threshold, BN, PAIRS), p, 0.0)
         v_tile = load_rows(v, v_s, j, e, nk, dim_v * UNIT, EVEN)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
 

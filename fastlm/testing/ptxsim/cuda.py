@@ -144,14 +144,14 @@ def _namespace() -> torch.library.Library:
 @functools.cache
 def runtime() -> Runtime:
     """That of csrc/cuda; compiles it first, which takes a minute, unless it has been."""
-    from ..._op import OPS
+    from ..._op import OPS, SCALE_UNITS
 
     cuda, bindings = cuda_build.sources()
     made = Runtime(cuda_build.library(cuda, bindings), cuda)
-    for op in OPS.values():
-        for raw in (op.forward.get("cuda"), op.backward.get("cuda")):
-            if raw is not None:
-                _namespace().define(str(raw._schema).removeprefix("fastlm::"))
+    raws = [raw for op in OPS.values() for raw in (op.forward.get("cuda"), op.backward.get("cuda"))]
+    for raw in (*raws, SCALE_UNITS["cuda"]):
+        if raw is not None:
+            _namespace().define(str(raw._schema).removeprefix("fastlm::"))
     return made
 
 

@@ -1,0 +1,12 @@
+// What linear_cross_entropy does in backward with the gradients that its forward computed: signature.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fastlm {
+
+// units[i] *= *factor, n of them one behind the other, of dtype; as `loss.backward()` gives 1, then nothing
+// is read or written. On a GPU only: a CPU knows the factor.
+void scale_units(const Context& context, DType dtype, const float* factor, int64_t n, void* units);
+
+}  // namespace fastlm
