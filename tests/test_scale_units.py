@@ -38,9 +38,31 @@ def test_each_is_multiplied_in_float32_and_rounded_once(size, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_all_programs_take_at_once(monkeypatch, backend):
     monkeypatch.setattr(triton_scale, "PROGRAMS", 2)
-    size = 2048 * 256 + 257 if backend == "cuda" else 5 * triton_scale.SIZE + 1  # odd: by the element
-    units = torch.randn(size)
-    assert torch.equal(scaled(units, -2.0, backend), -2 * units)
+    blocks = 2048 * 256  # threads of csrc/cuda/scale_units.cu; odd sizes go by the element
+    for size in (blocks + 257, 4 * blocks + 516) if backend == "cuda" else (5 * triton_scale.SIZE + 1,):
+        units = torch.randn(size)
+        assert torch.equal(scaled(units, -2.0, backend), -2 * units)
+
+
+def test_a_hook_may_give_back_gradients_that_lie_otherwise():
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, 16).requires_grad_() for n in (9, 40))
+
+    def gradients():
+        return torch.autograd.grad(ops.linear_cross_entropy(x, w, torch.arange(9), backend="triton"), (x, w))
+
+    expected = [3 * g for g in gradients()]
+    three = torch.tensor(3.0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _apart):
+        loss = ops.linear_cross_entropy(x, w, torch.arange(9), backend="triton")
+        found = torch.autograd.grad(loss, (x, w), three)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def _apart(t):
+    """The same numbers, every second one of a row in memory."""
+    return torch.stack([t, t], -1)[..., 0] if t.dim() == 2 else t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

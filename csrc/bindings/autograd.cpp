@@ -175,23 +175,25 @@ class KernelNode : public torch::autograd::Node {
                                     const std::vector<bool>& needs) {
     const Tensor gradient = known[0].toTensor();
     const bool traced = c10::impl::TorchDispatchModeTLS::any_modes_set() || gradient.is_meta();
-    const bool known_here = !traced && !w.scale_units && gradient.is_cpu();
-    const bool is_one = known_here && gradient.item().toDouble() == 1.0;
+    const bool by_kernel = !traced && w.scale_units;
+    const bool is_one = !traced && !by_kernel && gradient.is_cpu() && gradient.item().toDouble() == 1.0;
+    const Tensor factor = by_kernel ? gradient.to(at::kFloat) : gradient;
     variable_list found(w.arguments);
     for (int64_t i = 0; i < w.arguments; ++i) {
       if (!needs[i]) continue;
       const Tensor unit = unit_of(w, known, i);
       const at::ScalarType type = argument_of(w, known, i).scalar_type();
       found[i] = is_one                       ? unit.to(type)
-                 : unit.scalar_type() == type ? scaled_in_place(w, unit, gradient, traced)
+                 : unit.scalar_type() == type ? scaled_in_place(w, unit, factor, by_kernel)
                                               : scaled(unit, gradient, type);
     }
     return found;
   }
 
-  static Tensor scaled_in_place(const Wiring& w, Tensor unit, const Tensor& gradient, bool traced) {
-    if (traced || !w.scale_units) return unit.mul_(factor_of(unit, gradient));
-    Stack stack{unit, gradient.to(at::kFloat)};
+  // What a hook on saved tensors gave back may lie otherwise than what forward made.
+  static Tensor scaled_in_place(const Wiring& w, Tensor unit, const Tensor& factor, bool by_kernel) {
+    if (!by_kernel || !unit.is_contiguous()) return unit.mul_(factor_of(unit, factor));
+    Stack stack{unit, factor};
     w.scale_units->callBoxed(&stack);
     return unit;
   }

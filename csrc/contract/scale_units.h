@@ -5,8 +5,8 @@
 
 namespace fastlm {
 
-// units[i] *= *factor, n of them one behind the other, of dtype; as `loss.backward()` gives 1, then nothing
-// is read or written. On a GPU only: a CPU knows the factor.
+// units[i] *= *factor, n of them one behind the other, of dtype. Where *factor is 1, as loss.backward() gives
+// it, units are not touched. On a GPU only: a CPU knows the factor.
 void scale_units(const Context& context, DType dtype, const float* factor, int64_t n, void* units);
 
 }  // namespace fastlm

@@ -164,7 +164,7 @@ def survivors(seed, i, j0, head, threshold, KEYS: tl.constexpr, PAIRS: tl.conste
     """Whether dropout keeps the weight of query i [N] and key j0 + [0, KEYS): boolean [N, KEYS].
 
     PAIRS: of a product a thread holds, as of mma.sync and of wgmma, two neighbouring columns in rows r and
-    r + 8. The two with the keys of one block then take it for one row each, and swap half of its words.
+    r + 8. The two threads with one block's keys each compute it for one of the rows, and swap half of it.
     """
     N: tl.constexpr = i.shape[0]
     block = j0 // 4 + tl.arange(0, KEYS // 4)
@@ -303,7 +303,7 @@ def _layout(
         "RAW": half and scale > 0 and not capped and slopes is None and bias is None,
         "UNIT": unit,
         "EVEN": (dim, dim_v) == (block_d, block_v),
-        "PAIRS": half and not 100 <= arch < 120,  # their products are rows of tensor memory
+        "PAIRS": half and not 100 <= arch < 120,  # there a thread holds rows; float32 has no tensor cores
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "BD": block_d,
         "BV": block_v,

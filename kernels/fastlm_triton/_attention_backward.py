@@ -64,8 +64,8 @@ def dq_config(arch: int, dtype: torch.dtype, width: int, queries: int, options: 
     if width <= 64:
         if arch == 90 and options in LIGHT:  # measured: 252 us, of 128 queries 454
             return Config((64, 64), 4, 3)
-        if arch == 90 and options in ("dropout", "alibi dropout", "dropout packed"):  # not measured: as those
-            return Config((64, 64), 4, 2)  # 191 to 233 registers: two programs at a time
+        if arch == 90 and options in ("dropout", "alibi dropout", "dropout packed"):
+            return Config((64, 64), 4, 2)  # not measured, but near it; 191 to 233 registers: two at a time
         if arch == 90 or options in LIGHT and not has_100_kb(arch):
             return Config((128, 64), 8, 2)  # 194 registers on sm_90, else 255
         return Config((128, 32), 8, 2)  # 250 registers; up to 71 spills of 64 keys
@@ -103,8 +103,8 @@ def dkv_config(arch: int, dtype: torch.dtype, width: int, keys: int, options: st
     if width <= 64:
         if arch == 90 and options in ("", "packed"):  # measured: 392 us, of 128 keys 616, though 15 spill
             return Config((128, 64), 4, 2)
-        if arch == 90 and options in ("dropout", "alibi dropout"):  # not measured: see dq_config
-            return Config((64, 64), 4, 2)  # 240, 252 registers
+        if arch == 90 and options in ("dropout", "alibi dropout"):
+            return Config((64, 64), 4, 2)  # not measured; 240, 252 registers, where 128 queries spill 10
         if arch == 90 and "softcap" in options and "dropout" in options:
             return Config((32, 128), 8, 2)  # 211 registers, where 64 queries spill 6
         if arch == 90:
@@ -325,7 +325,7 @@ def _dkv_kernel(
         return
 
     j0, j = tile * BN, tile * BN + tl.arange(0, BN)
-    if seed is not None:
+    if seed is not None:  # in the order of survivors_of_keys; whatever has to do with keys goes by j
         j = j0 + dropped_keys(BN, PAIRS)
     k, k_s = head_of(k, b, kv_head, first_k, k_b, k_h, k_s, UNIT, PACKED)
     v, v_s = head_of(v, b, kv_head, first_k, v_b, v_h, v_s, UNIT, PACKED)

@@ -26,7 +26,7 @@ def _product(a, b, IN_PLACE: tl.constexpr):
 def wide_philox(seed, c0, c1, c2, IN_PLACE: tl.constexpr):
     """The four words of counters (c0, c1, c2, 0), uint32 of one shape: tl.philox's.
 
-    That takes two multiplications for the two words of a product, this one, which needs registers in pairs.
+    That takes two multiplications for the two words of a product; this takes one, and registers in pairs.
     seed: int64 scalar, the key. IN_PLACE: see _product.
     """
     key = seed.to(tl.uint64, bitcast=True)
@@ -35,8 +35,8 @@ def wide_philox(seed, c0, c1, c2, IN_PLACE: tl.constexpr):
         high0, low0 = _product(c0, 0xD2511F53, IN_PLACE)
         high2, low2 = _product(c2, 0xCD9E8D57, IN_PLACE)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 

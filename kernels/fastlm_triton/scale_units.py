@@ -1,8 +1,8 @@
 """scale_units: gradients for a loss's gradient of 1, times what it is: in place, and nothing to do for a 1.
 
-As many programs as a GPU holds, each going along the whole: of a factor of 1, which only the GPU knows, all
-are gone in a few us. Bound by bytes, each read and written once; torch's multiplication by a number that is
-on the GPU reaches half of the bandwidth.
+Few programs, each going along the whole: of a factor of 1, which only the GPU knows, all are gone at once.
+Bound by bytes, each read and written once; torch's multiplication by a number that is on the GPU reaches
+half of the bandwidth.
 """
 
 import triton
@@ -12,7 +12,7 @@ from ._config import cdiv
 from ._launch import launch
 
 SIZE = 2048  # elements of a step: 16 bytes a thread of half precision
-PROGRAMS = 2048  # 8 for each multiprocessor of 256
+PROGRAMS = 2048  # two or three times what an A100 or H100 holds at once
 
 
 @triton.jit

@@ -39,7 +39,6 @@ class Driver:
         self.launcher_cls = functools.partial(_Launcher, self)
         self._target = GPUTarget("cuda", arch, 32)
         self._device = f"{key} {arch}"  # Triton keeps what it has compiled by device
-        self._functions: dict[tuple, SimpleNamespace] = {}  # what was loaded, by name, code and shared memory
 
     def get_current_device(self) -> str:
         """A name: nothing but a key."""
@@ -72,11 +71,9 @@ class Driver:
     def load_binary(self, name: str, binary: bytes, shared: int, device) -> tuple:
         """(module, function, registers, spills, threads of a block at most).
 
-        A module would be unloaded by whatever driver is active then. Without one Triton asks again at each
-        call that it has not seen: it gets the same function.
+        A module would be unloaded by whatever driver is active then; without one Triton may load again.
         """
-        function = SimpleNamespace(name=name, binary=binary, shared=shared)
-        return None, self._functions.setdefault((name, binary, shared), function), 0, 0, 1024
+        return None, SimpleNamespace(name=name, binary=binary, shared=shared), 0, 0, 1024
 
     def unload_module(self, module) -> None:
         """Nothing is loaded."""

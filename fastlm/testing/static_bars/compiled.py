@@ -22,10 +22,10 @@ class _Launches:
     """The `run` of a driver that only writes down what would run: each compiled kernel once, in order."""
 
     def __init__(self):
-        self.seen: dict[int, Compiled] = {}
+        self.seen: dict[Compiled, None] = {}
 
     def __call__(self, function, grid, threads, given) -> None:
-        self.seen[id(function)] = Compiled(function.name, function.binary, function.shared, threads[0])
+        self.seen[Compiled(function.name, function.binary, function.shared, threads[0])] = None
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def launched(arch: int, run: Callable[[], None]) -> list[tuple[str, Compiled]]:
     launches.seen = {}
     with driven_by(driver), simulated(f"sm_{arch}"):
         run()
-    return numbered((compiled.name, compiled) for compiled in launches.seen.values())
+    return numbered((compiled.name, compiled) for compiled in launches.seen)
 
 
 def numbered(named: Iterable[tuple[str, Compiled]]) -> list[tuple[str, Compiled]]:
