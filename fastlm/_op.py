@@ -26,6 +26,7 @@ _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_a
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 OPS: dict[str, "Op"] = {}
+RAW_OPS: list = []  # every torch overload that _declare made
 
 
 class _Forced(threading.local):
@@ -270,9 +271,10 @@ def _declare(name: str, backend: str, schema_and_fake: tuple[str, Callable]):
     if backend == "cuda":
         _LIBRARY.impl(f"{name}.cuda", _cuda_kernels.simulated_body(name), "CPU")
     torch.library.register_fake(f"fastlm::{name}.{backend}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops.fastlm, name), backend)
+    RAW_OPS.append(getattr(getattr(torch.ops.fastlm, name), backend))
+    return RAW_OPS[-1]
 
 
-# What csrc/bindings/autograd.cpp calls where the graph is not kept and only the GPU knows the gradient.
-_SCALE_UNITS = "(Tensor(a!) units, Tensor factor) -> ()", lambda units, factor: None
-SCALE_UNITS = {backend: _declare("scale_units", backend, _SCALE_UNITS) for backend in ("cuda", "triton")}
+# What csrc/bindings/autograd_node.h calls where the graph is not kept and only the GPU knows the gradient.
+for _backend in ("cuda", "triton"):
+    _declare("scale_units", _backend, ("(Tensor(a!) units, Tensor factor) -> ()", lambda units, factor: None))

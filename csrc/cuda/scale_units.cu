@@ -1,9 +1,9 @@
 // Gradients for a loss's gradient of 1, times what it is: in place, and nothing to do where it is 1, which
 // only the GPU knows.
 //
-// Few blocks, each going along the whole: of a factor 1 all are gone at once. Bound by
-// bytes: 16 at a time, each read and written once; torch's multiplication by a number that is on the GPU
-// reaches half of the bandwidth (docs/gpu.md).
+// Few blocks, each going along the whole: of a factor 1 all are gone at once. Bound by bytes: 16 at a time,
+// each read and written once; torch's multiplication by a number that is on the GPU reaches half of the
+// bandwidth (docs/gpu.md).
 #include "../contract/scale_units.h"
 #include "launch.cuh"
 #include "rows.cuh"

@@ -144,13 +144,12 @@ def _namespace() -> torch.library.Library:
 @functools.cache
 def runtime() -> Runtime:
     """That of csrc/cuda; compiles it first, which takes a minute, unless it has been."""
-    from ..._op import OPS, SCALE_UNITS
+    from ..._op import RAW_OPS
 
     cuda, bindings = cuda_build.sources()
     made = Runtime(cuda_build.library(cuda, bindings), cuda)
-    raws = [raw for op in OPS.values() for raw in (op.forward.get("cuda"), op.backward.get("cuda"))]
-    for raw in (*raws, SCALE_UNITS["cuda"]):
-        if raw is not None:
+    for raw in RAW_OPS:
+        if raw._overloadname == "cuda":
             _namespace().define(str(raw._schema).removeprefix("fastlm::"))
     return made
 
