@@ -3,14 +3,17 @@
 Finds a Python whose torch sees the GPU (the one given, .venv's, or python3's), builds fastlm for it, runs all
 tests that run on a GPU, of the cuda and triton backends, then `fastlm bench --device cuda` with both. A
 step that fails or lasts too long costs its own results only. Writes benchmarks/results/<gpu>-<date>.json,
-pictures in a folder of that name beside it, and the output of the steps in build/gpu. To begin it needs the
+pictures in a folder of that name beside it, and the output of the steps in build/gpu. What had no time is
+done by `make gpu ARGS=--resume`: tests that have not passed, rows that were left out. To begin it needs the
 standard library alone.
 
-Exit status: 0, all passed; 1, something failed, and the rest is written; 2, it could not begin; 3, no GPU.
+Exit status: 0, all passed; 1, something failed or was left out, and the rest is written; 2, it could not
+begin; 3, no GPU.
 """
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -26,11 +29,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a run has shown hangs on these.
+SOURCES = ("csrc", "kernels", "fastlm", "tests", "benchmarks/gpu.py")
 LOGS, RESULTS, OVERLAY = ROOT / "build" / "gpu", ROOT / "benchmarks" / "results", ROOT / ".venv-gpu"
+RESUME = "make gpu ARGS=--resume"
 LIMIT_S = 570.0  # of everything
 TESTS_SHARE = 0.45  # of the time that is left when they begin; on an H100 machine 212 s were not quite enough
 NEEDED = (
-    "setuptools>=77 numpy typer>=0.12 rich>=13 pytest>=8 pytest-xdist>=3.6 hypothesis>=6.100 matplotlib>=3.8"
+    "setuptools>=77 numpy typer>=0.12 rich>=13 pytest>=8.2 pytest-xdist>=3.6 hypothesis>=6.100"
+    " matplotlib>=3.8"
 )
 
 # What a Python has to do with the GPU, as one line of JSON.
@@ -121,11 +128,15 @@ def say(text: str) -> None:
 
 @dataclass
 class Run:
-    """The steps' time and surroundings. deadline: on time.monotonic's clock."""
+    """The steps' time and surroundings.
+
+    deadline: on time.monotonic's clock. resume: to do only what an earlier run has not done.
+    """
 
     python: str
     facts: dict
     deadline: float
+    resume: bool = False
 
     @property
     def left(self) -> float:
@@ -163,26 +174,43 @@ def build(run: Run) -> bool:
 
 
 def test(run: Run) -> dict:
-    """Runs all tests that run on the GPU, and says how many passed; what failed is named."""
-    workers = str(max(1, min(14, os.cpu_count() or 1)))
+    """Runs all tests that run on the GPU, and says how many passed; what failed is named.
+
+    A run that is resumed leaves out those that have passed.
+    """
+    workers, log = str(max(1, min(14, os.cpu_count() or 1))), LOGS / "tests.log"
+    passed = [name for name, word in outcomes(log).items() if word == "PASSED"] if run.resume else []
+    LOGS.mkdir(parents=True, exist_ok=True)
+    (LOGS / "passed.txt").write_text("".join(f"--deselect={name}\n" for name in passed))
     asked = ["-v", "--color=no", "-p", "no:cacheprovider", "-m", "not slow and not gpu_model"]
     asked += ["-k", "not -cpu-", "tests/test_gpu.py", "tests/test_ops.py"]  # the CPU's own are make test's
     begin = time.monotonic()
     limit = run.left * TESTS_SHARE
-    code = run.step("tests", ["pytest", "-n", workers, *asked], limit, OMP_NUM_THREADS="1")
-    found = test_results((LOGS / "tests.log").read_text(errors="replace"))
+    asked = ["pytest", "-n", workers, *asked, f"@{LOGS / 'passed.txt'}"]
+    code = run.step("tests", asked, limit, OMP_NUM_THREADS="1")
+    if code == 5 and passed:
+        code = 0  # pytest had none to run: all have passed
+    found = counted(outcomes(log))
     found |= {"ended": code is not None, "status": code, "seconds": round(time.monotonic() - begin)}
     counts = f"{found['passed']} passed, {len(found['failed'])} failed"
-    more = "" if found["ended"] else ", and the time was up before all had run"
-    say(f"Tests: {counts} in {found['seconds']} s{more}: {LOGS}/tests.log")
+    before = f", {len(passed)} of them before" if passed else ""
+    more = "" if found["ended"] else f", and the time was up before all had run: {RESUME}"
+    say(f"Tests: {counts} in {found['seconds']} s{before}{more}: {log}")
     return found
 
 
-def test_results(log: str) -> dict:
-    """{"passed", "skipped": how many, "failed": which} of what pytest -v with workers printed so far."""
-    lines = re.findall(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S.*)$", log, re.M)
-    counts = Counter(word for word, _ in lines)
-    failed = [name.strip() for word, name in lines if word in ("FAILED", "ERROR", "XPASS")]
+def outcomes(log: Path) -> dict[str, str]:
+    """Each test's last outcome, PASSED or another word, by what pytest -v with workers has printed so far."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+    lines = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S.*)$", text, re.M)
+    return {name.strip(): word for word, name in lines}
+
+
+def counted(tests: dict[str, str]) -> dict:
+    """{"passed", "skipped": how many, "failed": which}."""
+    counts = Counter(tests.values())
+    failed = [name for name, word in tests.items() if word in ("FAILED", "ERROR", "XPASS")]
     return {"passed": counts["PASSED"], "skipped": counts["SKIPPED"] + counts["XFAIL"], "failed": failed}
 
 
@@ -191,30 +219,40 @@ def bench(run: Run, file: Path) -> bool:
 
     If it dies or hangs, it goes on with the next measurement: what it was at is noted as failed.
     """
-    asked = ["fastlm", "bench", "--device", "cuda", "--rounds", "5", "--resume", "--json", str(file)]
+    asked = ["fastlm", "bench", "--device", "cuda", "--rounds", "5", "--json", str(file)]
     asked += ["--backend", "cuda", "--backend", "triton"]  # is dispatch right to prefer the first?
     asked += ["--plot", str(file.with_suffix(""))]
-    file.with_name(f"{file.name}.part").unlink(missing_ok=True)  # an earlier run is not resumed
+    part, resume = file.with_name(f"{file.name}.part"), run.resume  # part: the results so far
+    if not resume:
+        part.unlink(missing_ok=True)
     code: int | None = 1
     for _ in range(10):
         limit = max(0.0, run.left - 30)
-        code = run.step("bench", [*asked, "--limit", f"{limit:.0f}"], max(limit, 0.0) + 60)
-        if code is not None and not file.with_name(f"{file.name}.part").exists():
+        options = [*["--resume"] * resume, "--limit", f"{limit:.0f}"]
+        code = run.step("bench", [*asked, *options], max(limit, 0.0) + 60)
+        if code is not None and not part.exists():
             break  # the results are in their file
+        resume = run.resume or part.exists()
     return code == 0
 
 
-def add_tests(file: Path, facts: dict, tests: dict | None) -> dict:
+def add_tests(file: Path, facts: dict, tests: dict | None, resume: bool = False) -> dict:
     """Puts the tests' results into the results' file, made if there is none; returns its content."""
     found = {"schema": 1, "machine": {}, "options": {}, "rows": []}
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-    found |= {"tests": tests, "made_by": {"command": "make gpu", **{n: facts[n] for n in ("gpu", "triton")}}}
+    command = RESUME if resume else "make gpu"
+    found |= {"tests": tests, "made_by": {"command": command, **{n: facts[n] for n in ("gpu", "triton")}}}
+    write(file, found)
+    return found
+
+
+def write(file: Path, content: dict) -> None:
+    """As JSON, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
-    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, file)
-    return found
 
 
 def file_of(gpu: str) -> Path:
@@ -223,30 +261,58 @@ def file_of(gpu: str) -> Path:
     return RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
-def everything(given: str | None, limit_s: float) -> int:
+def begun(facts: dict, resume: bool) -> Path:
+    """The results' file of a new run, which is noted in build/gpu, or of the one to resume.
+
+    Raises: CannotBegin where there is none, or what it has shown may no longer hold.
+    """
+    note, of_sources = LOGS / "begun.json", hashlib.sha256()
+    for name in SOURCES:
+        inside = [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*.*")
+        for source in sorted(f for f in inside if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
+            of_sources.update(source.read_bytes())
+    now = {n: facts[n] for n in ("gpu", "torch", "triton")} | {"sources": of_sources.hexdigest()}
+    if not resume:
+        shutil.rmtree(LOGS, ignore_errors=True)
+        file = file_of(facts["gpu"])
+        write(note, now | {"file": file.name})
+        return file
+    if not note.exists():
+        raise CannotBegin("--resume: no earlier make gpu has left anything in build/gpu")
+    earlier = json.loads(note.read_text(encoding="utf-8"))
+    changed = [name for name in now if earlier[name] != now[name]]
+    if changed:
+        raise CannotBegin(f"--resume: since the earlier run has changed: {', '.join(changed)}; begin anew")
+    return RESULTS / earlier["file"]
+
+
+def everything(given: str | None, limit_s: float, resume: bool = False) -> int:
     """All the steps; the exit status. Raises: CannotBegin."""
     deadline = time.monotonic() + limit_s
     facts = choose(given)
     arch = "sm_{}{}".format(*facts["capability"])
     say(f"{facts['gpu']}, {arch}, torch {facts['torch']}, triton {facts['triton']}, {facts['python']}")
-    shutil.rmtree(LOGS, ignore_errors=True)
-    run, file, tests, measured = Run(overlay(facts), facts, deadline), file_of(facts["gpu"]), None, False
+    file = begun(facts, resume)
+    run, tests, measured = Run(overlay(facts), facts, deadline, resume), None, False
     try:
         build(run)
         tests = test(run)
         measured = bench(run, file)
     finally:
-        found = add_tests(file, facts, tests)
-        say(f"Bench: {len(found['rows'])} rows, {len(found.get('failures', []))} failures: {LOGS}/bench.log")
+        found = add_tests(file, facts, tests, resume)
+        left = f", {len(found['left_out'])} left out: {RESUME}" if "left_out" in found else ""
+        failures = f"{len(found.get('failures', []))} failures"
+        say(f"Bench: {len(found['rows'])} rows, {failures}{left}: {LOGS}/bench.log")
         say(f"Wrote {file} and the pictures in {file.with_suffix('')}")
     passed = tests is not None and tests["status"] == 0
-    return 0 if passed and measured else 1
+    return 0 if passed and measured and "left_out" not in found else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="a Python with torch and triton")
+    parser.add_argument("--resume", action="store_true", help="do what the last run had no time for")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for everything")
     given = parser.parse_args(arguments)
     reason = gpu_missing()
@@ -254,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"make gpu: no NVIDIA GPU here: {reason}", file=sys.stderr)
         return 3
     try:
-        return everything(given.python, given.limit)
+        return everything(given.python, given.limit, given.resume)
     except CannotBegin as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -81,6 +83,28 @@ def test_no_job_begins_after_the_limit(tmp_path):
     assert _bench(tmp_path / "x.json", limit_s=0.0)
     found = results.read(tmp_path / "x.json")
     assert (found["rows"], found["left_out"]) == ([], [RMS, GLU])
+
+
+def test_jobs_left_out_are_done_by_a_resumed_run_and_no_others(tmp_path, monkeypatch):
+    file, real, calls = tmp_path / "x.json", plan.measured, []
+
+    def slow(row, *rest):
+        calls.append(row.op)
+        monkeypatch.setattr(run.time, "monotonic", lambda: 1e12)  # the limit is up after the first
+        return real(row, *rest)
+
+    with monkeypatch.context() as time_passes:
+        time_passes.setattr(plan, "measured", slow)
+        time_passes.setattr(run, "time", SimpleNamespace(monotonic=time.monotonic))
+        assert _bench(file, limit_s=60.0)
+    assert calls == ["rms_norm"] and results.read(file)["left_out"] == [GLU]
+    monkeypatch.setattr(plan, "measured", lambda row, *rest: calls.append(row.op) or real(row, *rest))
+    with pytest.raises(CommandError, match="x.json was begun with other options"):
+        _bench(file, resume=True, rounds=2)
+    assert _bench(file, resume=True)
+    found = results.read(file)
+    assert calls == ["rms_norm", "glu"] and [row["op"] for row in found["rows"]] == calls
+    assert not {"left_out", "done"} & set(found) and [f.name for f in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_results_so_far_are_on_disk_before_each_job(tmp_path, monkeypatch):

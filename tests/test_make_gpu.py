@@ -109,10 +109,58 @@ LOG = """
 """
 
 
-def test_tests_are_counted_from_what_was_printed_so_far(gpu):
+def test_tests_are_counted_from_what_was_printed_so_far(gpu, tmp_path):
+    (tmp_path / "log").write_text(LOG)
     failed = ["tests/test_ops.py::test_kernel[attention-triton-odd mask-float16]", "tests/test_a.py::test_c"]
-    assert gpu.test_results(LOG) == {"passed": 1, "skipped": 1, "failed": failed}
-    assert gpu.test_results("") == {"passed": 0, "skipped": 0, "failed": []}
+    found = gpu.outcomes(tmp_path / "log")
+    assert gpu.counted(found) == {"passed": 1, "skipped": 1, "failed": failed}
+    assert gpu.counted(gpu.outcomes(tmp_path / "none")) == {"passed": 0, "skipped": 0, "failed": []}
+
+
+SOME_TESTS = """
+import pytest
+from pathlib import Path
+@pytest.mark.parametrize("name", ["passes", "has a space", "a-cpu-b", "fails"])
+def test_it(name):
+    assert name != "fails" or (Path(__file__).parent / "mended").exists()
+"""
+
+
+def test_a_resumed_run_tests_only_what_has_not_passed(gpu, tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    for name in ("test_gpu.py", "test_ops.py"):
+        (tmp_path / "tests" / name).write_text(SOME_TESTS)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
+    fails = [f"tests/{name}::test_it[fails]" for name in ("test_gpu.py", "test_ops.py")]
+    first = gpu.test(_run(gpu, 900.0))
+    assert (first["passed"], first["failed"], first["status"]) == (4, fails, 1)
+    (tmp_path / "tests" / "mended").touch()
+    second = gpu.test(_run(gpu, 900.0, resume=True))
+    assert (second["passed"], second["failed"], second["status"]) == (6, [], 0)
+    assert " [100%] PASSED tests/test_ops.py::test_it[fails]" in (gpu.LOGS / "tests.log").read_text()
+    third = gpu.test(_run(gpu, 900.0, resume=True))
+    assert (third["passed"], third["ended"], third["status"]) == (6, True, 0)
+    lines = (gpu.LOGS / "tests.log").read_text().splitlines()
+    assert sum("PASSED" in line or "FAILED tests/" in line and line[0] == "[" for line in lines) == 6 + 2
+
+
+def test_only_the_same_sources_on_the_same_gpu_are_resumed(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("a = 1")
+    with pytest.raises(gpu.CannotBegin, match="no earlier make gpu has left"):
+        gpu.begun(FACTS, True)
+    file = gpu.begun(FACTS, False)
+    monkeypatch.setattr(gpu, "file_of", lambda name: gpu.RESULTS / "of-another-day.json")
+    assert gpu.begun(FACTS, True) == file
+    with pytest.raises(gpu.CannotBegin, match=r"has changed: torch, triton; begin anew"):
+        gpu.begun(FACTS | {"torch": "2.14.1", "triton": "3.9.0"}, True)
+    (tmp_path / "kernels" / "a.py").write_text("a = 2")
+    with pytest.raises(gpu.CannotBegin, match=r"has changed: sources; begin anew"):
+        gpu.begun(FACTS, True)
+    (gpu.LOGS / "tests.log").touch()
+    assert gpu.begun(FACTS, False).name == "of-another-day.json" and not (gpu.LOGS / "tests.log").exists()
 
 
 def test_the_file_is_named_after_gpu_and_date(gpu, monkeypatch):
@@ -122,8 +170,8 @@ def test_the_file_is_named_after_gpu_and_date(gpu, monkeypatch):
     assert file.name.startswith(machine.device_name("cuda"))  # as fastlm bench calls it
 
 
-def _run(gpu, seconds: float = 60.0):
-    return gpu.Run(sys.executable, FACTS, time.monotonic() + seconds)
+def _run(gpu, seconds: float = 60.0, resume: bool = False):
+    return gpu.Run(sys.executable, FACTS, time.monotonic() + seconds, resume)
 
 
 def test_a_step_that_lasts_too_long_is_ended_with_its_children(gpu):
@@ -170,7 +218,23 @@ def test_bench_goes_on_after_it_died_or_hung(gpu, monkeypatch):
     monkeypatch.setattr(gpu.Run, "step", lambda *a: played(*a))
     assert gpu.bench(_run(gpu), file)
     assert len(played.commands) == 3
-    assert all("--resume" in command and "cuda" in command for command in played.commands)
+    assert ["--resume" in command for command in played.commands] == [False, True, True]
+    assert all("cuda" in command for command in played.commands)
+
+
+def test_bench_of_a_resumed_run_goes_on_with_the_earlier_one(gpu, monkeypatch):
+    file = gpu.file_of("a gpu")
+    _dies(file)  # an earlier run, in the middle of a job
+    seen = []
+
+    def play(run, name, command, limit_s):
+        seen.append(("--resume" in command, file.with_name(f"{file.name}.part").exists()))
+        return _ends(file)
+
+    monkeypatch.setattr(gpu.Run, "step", play)
+    assert gpu.bench(_run(gpu, resume=True), file) and seen == [(True, True)]
+    _dies(file)
+    assert gpu.bench(_run(gpu), file) and seen[1:] == [(False, False)]
 
 
 def test_bench_that_is_out_of_time_still_writes_what_it_has(gpu, monkeypatch):
@@ -181,7 +245,7 @@ def test_bench_that_is_out_of_time_still_writes_what_it_has(gpu, monkeypatch):
     assert played.commands[-1][-2:] == ["--limit", "0"] and file.exists()
 
 
-def _everything(gpu, monkeypatch, *, tests=None, bench=None, fail=None):
+def _everything(gpu, monkeypatch, *, tests=None, bench=None, fail=None, asked=()):
     monkeypatch.setattr(gpu, "choose", lambda given: FACTS)
     monkeypatch.setattr(gpu, "overlay", lambda facts: sys.executable)
     monkeypatch.setattr(gpu, "build", lambda run: True)
@@ -195,7 +259,7 @@ def _everything(gpu, monkeypatch, *, tests=None, bench=None, fail=None):
 
     monkeypatch.setattr(gpu, "bench", measured)
     monkeypatch.setattr(gpu, "gpu_missing", lambda: None)
-    status = gpu.main([])
+    status = gpu.main(list(asked))
     return status, results.read(gpu.file_of(FACTS["gpu"]))
 
 
@@ -205,6 +269,20 @@ def test_all_that_passed_is_status_0(gpu, monkeypatch, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("NVIDIA A100-SXM4-80GB, sm_80, torch 2.13.0, triton 3.8.0")
     assert told[-1].startswith("Wrote ")
+
+
+def _leaves_out(file: Path) -> int:
+    _ends(file)
+    results.write(file, results.read(file) | {"left_out": ["rope"], "done": []})
+    return 0
+
+
+def test_rows_left_out_are_told_and_resumed(gpu, monkeypatch, capsys):
+    status, found = _everything(gpu, monkeypatch, bench=_leaves_out)
+    assert status == 1 and found["made_by"]["command"] == "make gpu"
+    assert "Bench: 0 rows, 0 failures, 1 left out: make gpu ARGS=--resume: " in capsys.readouterr().out
+    status, found = _everything(gpu, monkeypatch, asked=["--resume"])
+    assert status == 0 and found["made_by"]["command"] == "make gpu ARGS=--resume"
 
 
 def test_a_test_that_fails_loses_no_benchmark(gpu, monkeypatch):

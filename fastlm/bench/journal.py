@@ -9,23 +9,29 @@ from . import results
 class Journal:
     """The results so far of a run that will write `file`, in <file>.part; without a file nothing is kept.
 
-    Beside a results file's content it has "done", the titles of the jobs that ended, and "running".
+    Beside a results file's content it has "done", the titles of the jobs that ended, and "running". A file
+    that leaves jobs out keeps its "done".
     """
 
     def __init__(self, file: Path | None = None):
+        self.file = file
         self.part = None if file is None else file.with_name(f"{file.name}.part")
 
     def begun(self, found: dict, resume: bool) -> dict:
         """`found`, or what an earlier run left if it is to be resumed and was asked for the same.
 
-        The job in which that run ended counts as failed: it may have ended the process.
+        An earlier run left <file>.part if it was ended; the job in which it ended counts as failed: it may
+        have ended the process. Or it left `file` with "done" in it, if it had no time for the rest.
         """
         fresh = found | {"done": []}
-        if not resume or self.part is None or not self.part.exists():
+        if not resume or self.part is None:
             return fresh
-        old = results.read(self.part)
+        file = self.part if self.part.exists() else self.file
+        old = results.read(file) if file.exists() else fresh
+        if "done" not in old:
+            return fresh  # that run did everything
         if _asked(old["options"]) != _asked(found["options"]):
-            told = f"{self.part} was begun with other options; remove it, or repeat them"
+            told = f"{file} was begun with other options; remove it, or repeat them"
             raise CommandError(f"--resume: {told}")
         if "running" in old:
             note(old, old.pop("running"), None, "the process ended in it")

@@ -136,23 +136,25 @@ def _copy(t: Tensor) -> Tensor:
 def run(op: Callable, inputs: dict, cotangents: list[Tensor] | None = None, **options) -> dict[str, Tensor]:
     """Runs a public function forward and backward; returns its outputs and gradients by name.
 
-    cotangents: one per output, filled with random ones of the outputs' shapes if it comes empty.
+    cotangents: one per output, filled with random ones of the outputs' shapes if it comes empty; those of
+        outputs without a gradient are left aside.
     """
     outputs = outputs_of(op, inputs, **options)
     named = {f"output {i}": o for i, o in enumerate(outputs)}
-    wanted = [t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
-    differentiable = [o for o in outputs if o.requires_grad]
-    if cotangents is None or not wanted or not differentiable:
+    wanted = {n: t for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
+    if cotangents is None or not wanted:
         return named
     if not cotangents:
         generator = torch.Generator().manual_seed(17)
-        drawn = [torch.randn(o.shape, generator=generator) for o in differentiable]
-        cotangents.extend(c.to(o.device, o.dtype) for c, o in zip(drawn, differentiable, strict=True))
-    grads = [c.to(o.dtype) for c, o in zip(cotangents, differentiable, strict=True)]
-    found = torch.autograd.grad(differentiable, wanted, grads, allow_unused=True)
-    names = [n for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad]
-    zero = [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
-    return named | {f"gradient of {n}": g for n, g in zip(names, zero, strict=True)}
+        drawn = [torch.randn(o.shape, generator=generator) for o in outputs]
+        cotangents.extend(c.to(o.device, o.dtype) for c, o in zip(drawn, outputs, strict=True))
+    reached = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    found = [None] * len(wanted)
+    if reached:
+        ends, grads = zip(*reached, strict=True)
+        found = torch.autograd.grad(ends, tuple(wanted.values()), grads, allow_unused=True)
+    zero = [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted.values(), strict=True)]
+    return named | {f"gradient of {n}": g for n, g in zip(wanted, zero, strict=True)}
 
 
 def verdicts(
