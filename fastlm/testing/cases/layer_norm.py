@@ -51,4 +51,6 @@ CASES = [
     # A row that a block goes along in whole steps, 16 bytes an access.
     Case("whole-steps", lambda d: affine(d, 2, 16384)),
     Case("mixed-parameters", _mixed_parameters),
+    # A program of backward takes more rows than it has on their way.
+    Case("rows-on-their-way", lambda d: affine(d, 13, 4000)),
 ]

@@ -39,4 +39,6 @@ CASES = [
     Case("nan", lambda d: {"x": torch.full((2, 40), float("nan"), dtype=d.dtype)}),
     # A row that a block goes along in whole steps, 16 bytes an access.
     Case("whole-steps", lambda d: _scaled(d, 2, 16384)),
+    # A program of backward takes more rows than it has on their way.
+    Case("rows-on-their-way", lambda d: {"x": d.normal(13, 4000), "weight": d.normal(4000) + 1}),
 ]
