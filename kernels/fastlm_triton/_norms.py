@@ -56,8 +56,8 @@ def norm_backward_config(arch: int, cols: int, dropout: bool) -> Config:
     16 elements a thread of dy, n, weight and the two sums are 80 registers: 16 warps have 128, 32 only 64.
     With dropout 8 elements, to 4096 columns: 16 spill on sm_90 and sm_120. Two stages: such registers leave
     16 warps a multiprocessor, too few to wait for memory without the next rows on their way to shared memory
-    (at most 98 KB: float32, 8192 columns, dh). Three of 4096 columns on an H100, 1.10 times as fast; four, 1.13,
-    would leave float32 one program.
+    (at most 98 KB: float32, 8192 columns, dh). Three for 4096 columns on an H100: 1.10 times as fast; four,
+    1.13, would leave float32 one program.
     """
     width = max(next_power_of_2(cols), 4)
     if width > (4096 if dropout else 8192):
