@@ -148,6 +148,9 @@ class Run:
         major, minor = self.facts["capability"]
         environment = os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"} | variables
         LOGS.mkdir(parents=True, exist_ok=True)
+        with open(LOGS / f"{name}.log", "ab+") as log:  # what a step that was ended left of a line goes
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)
         with open(LOGS / f"{name}.log", "a") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
@@ -200,10 +203,10 @@ def test(run: Run) -> dict:
 
 
 def outcomes(log: Path) -> dict[str, str]:
-    """Each test's last outcome, PASSED or another word, by what pytest -v with workers has printed so far."""
+    """Each test's last outcome, PASSED or another word, by the whole lines of pytest -v with workers."""
     text = log.read_text(errors="replace") if log.exists() else ""
     words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-    lines = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S.*)$", text, re.M)
+    lines = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S.*)\n", text, re.M)
     return {name.strip(): word for word, name in lines}
 
 

@@ -117,6 +117,16 @@ def test_tests_are_counted_from_what_was_printed_so_far(gpu, tmp_path):
     assert gpu.counted(gpu.outcomes(tmp_path / "none")) == {"passed": 0, "skipped": 0, "failed": []}
 
 
+def test_half_a_line_of_a_step_that_was_ended_is_no_tests_name(gpu):
+    log = gpu.LOGS / "tests.log"
+    log.parent.mkdir()
+    log.write_text(f"{LOG}[gw0] [100%] PASSED tests/test_ops.py::test_ker")
+    names = list(gpu.outcomes(log))
+    assert len(names) == 4 and names[-1] == "tests/test_a.py::test_c"
+    _run(gpu).step("tests", ["platform"], 30.0)
+    assert f"{LOG}$ platform\n" in log.read_text() and list(gpu.outcomes(log)) == names
+
+
 SOME_TESTS = """
 import pytest
 from pathlib import Path
