@@ -216,3 +216,21 @@ def test_the_evaluation_path_runs_the_kernels():
     with torch.no_grad(), KernelCalls() as calls:  # where torch's layer would take its fast path
         model(inputs())
     assert {"attention.cpu", "feed_forward.cpu", "layer_norm.cpu"} <= set(calls.names)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_patched_model_compiles_to_one_graph_of_the_same_kernels(training):
+    model, x = Model().train(training), inputs()
+    fastlm.patch(model)
+
+    def gradients(call):
+        torch.manual_seed(3)  # dropout's seeds are drawn
+        with torch.profiler.profile() as profile:
+            found = torch.autograd.grad(call(x).square().sum(), list(model.parameters())[1:])
+        return found, {event.key for event in profile.key_averages() if event.key.startswith("fastlm::")}
+
+    eager, kernels = gradients(model)
+    found, compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert kernels == compiled >= {"fastlm::attention", "fastlm::attention_backward", "fastlm::layer_norm"}
+    for got, expected in zip(found, eager, strict=True):
+        torch.testing.assert_close(got, expected)
