@@ -133,6 +133,10 @@ from pathlib import Path
 @pytest.mark.parametrize("name", ["passes", "has a space", "a-cpu-b", "fails"])
 def test_it(name):
     assert name != "fails" or (Path(__file__).parent / "mended").exists()
+def test_it_alone():
+    pass
+def test_it_alone_again():
+    assert (Path(__file__).parent / "mended").exists()
 """
 
 
@@ -142,17 +146,18 @@ def test_a_resumed_run_tests_only_what_has_not_passed(gpu, tmp_path, monkeypatch
         (tmp_path / "tests" / name).write_text(SOME_TESTS)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
-    fails = [f"tests/{name}::test_it[fails]" for name in ("test_gpu.py", "test_ops.py")]
+    files = ("test_gpu.py", "test_ops.py")
+    fails = [f"tests/{file}::{test}" for file in files for test in ("test_it[fails]", "test_it_alone_again")]
     first = gpu.test(_run(gpu, 900.0))
-    assert (first["passed"], first["failed"], first["status"]) == (4, fails, 1)
+    assert (first["passed"], first["failed"], first["status"]) == (6, fails, 1)
     (tmp_path / "tests" / "mended").touch()
     second = gpu.test(_run(gpu, 900.0, resume=True))
-    assert (second["passed"], second["failed"], second["status"]) == (6, [], 0)
-    assert " [100%] PASSED tests/test_ops.py::test_it[fails]" in (gpu.LOGS / "tests.log").read_text()
+    assert (second["passed"], second["failed"], second["status"]) == (10, [], 0)
     third = gpu.test(_run(gpu, 900.0, resume=True))
-    assert (third["passed"], third["ended"], third["status"]) == (6, True, 0)
+    assert (third["passed"], third["ended"], third["status"]) == (10, True, 0)
     lines = (gpu.LOGS / "tests.log").read_text().splitlines()
-    assert sum("PASSED" in line or "FAILED tests/" in line and line[0] == "[" for line in lines) == 6 + 2
+    runs = [sum(name in line for line in lines if " PASSED " in line) for name in ("[passes]", "[fails]")]
+    assert runs == [2, 2]
 
 
 def test_only_the_same_sources_on_the_same_gpu_are_resumed(gpu, tmp_path, monkeypatch):

@@ -9,8 +9,7 @@ from . import results
 class Journal:
     """The results so far of a run that will write `file`, in <file>.part; without a file nothing is kept.
 
-    Beside a results file's content it has "done", the titles of the jobs that ended, and "running". A file
-    that leaves jobs out keeps its "done".
+    Beside a results file's content it has "running", the title of the job under way.
     """
 
     def __init__(self, file: Path | None = None):
@@ -21,7 +20,7 @@ class Journal:
         """`found`, or what an earlier run left if it is to be resumed and was asked for the same.
 
         An earlier run left <file>.part if it was ended; the job in which it ended counts as failed: it may
-        have ended the process. Or it left `file` with "done" in it, if it had no time for the rest.
+        have ended the process. Else it left `file`, from which what it had no time for goes on.
         """
         fresh = found | {"done": []}
         if not resume or self.part is None:
@@ -29,7 +28,7 @@ class Journal:
         file = self.part if self.part.exists() else self.file
         old = results.read(file) if file.exists() else fresh
         if "done" not in old:
-            return fresh  # that run did everything
+            return fresh  # there is none, or it is from before files said what was done
         if _asked(old["options"]) != _asked(found["options"]):
             told = f"{file} was begun with other options; remove it, or repeat them"
             raise CommandError(f"--resume: {told}")

@@ -49,8 +49,6 @@ def run(options: Options, console: Console, journal: Journal | None = None) -> d
                     _do(title, job, found, journal, options.device)
                 progress.advance(task)
             progress.remove_task(task)
-    if "left_out" not in found:  # else --resume goes on from there
-        del found["done"]
     found["rows"].sort(key=_place)
     return found
 
