@@ -13,7 +13,6 @@ begin; 3, no GPU.
 
 import argparse
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -22,17 +21,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from gpu_records import RESUME, add_tests, counted, digest_of_sources, outcomes, write
+
 ROOT = Path(__file__).resolve().parent.parent
-# What a run has shown hangs on these.
-SOURCES = ("csrc", "kernels", "fastlm", "tests", "benchmarks/gpu.py")
 LOGS, RESULTS, OVERLAY = ROOT / "build" / "gpu", ROOT / "benchmarks" / "results", ROOT / ".venv-gpu"
-RESUME = "make gpu ARGS=--resume"
 LIMIT_S = 570.0  # of everything
 TESTS_SHARE = 0.45  # of the time that is left when they begin; on an H100 machine 212 s were not quite enough
 NEEDED = (
@@ -148,11 +145,10 @@ class Run:
         major, minor = self.facts["capability"]
         environment = os.environ | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"} | variables
         LOGS.mkdir(parents=True, exist_ok=True)
-        with open(LOGS / f"{name}.log", "ab+") as log:  # what a step that was ended left of a line goes
+        with open(LOGS / f"{name}.log", "ab+") as log:
             log.seek(0)
-            log.truncate(log.read().rfind(b"\n") + 1)
-        with open(LOGS / f"{name}.log", "a") as log:
-            log.write(f"$ {' '.join(command)}\n")
+            log.truncate(log.read().rfind(b"\n") + 1)  # a step that was ended may have left half a line
+            log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             begun = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
             child = subprocess.Popen([self.python, "-m", *command], start_new_session=True, **begun)
@@ -201,21 +197,6 @@ def test(run: Run) -> dict:
     return found
 
 
-def outcomes(log: Path) -> dict[str, str]:
-    """Each test's last outcome, PASSED or another word, by the whole lines of pytest -v with workers."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-    lines = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S.*)\n", text, re.M)
-    return {name.strip(): word for word, name in lines}
-
-
-def counted(tests: dict[str, str]) -> dict:
-    """{"passed", "skipped": how many, "failed": which}."""
-    counts = Counter(tests.values())
-    failed = [name for name, word in tests.items() if word in ("FAILED", "ERROR", "XPASS")]
-    return {"passed": counts["PASSED"], "skipped": counts["SKIPPED"] + counts["XFAIL"], "failed": failed}
-
-
 def bench(run: Run, file: Path) -> bool:
     """Runs `fastlm bench` on the GPU until it is done or the time is up; whether all of fastlm's ran.
 
@@ -238,25 +219,6 @@ def bench(run: Run, file: Path) -> bool:
     return code == 0
 
 
-def add_tests(file: Path, facts: dict, tests: dict | None, resume: bool = False) -> dict:
-    """Puts the tests' results into the results' file, made if there is none; returns its content."""
-    found = {"schema": 1, "machine": {}, "options": {}, "rows": []}
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-    command = RESUME if resume else "make gpu"
-    found |= {"tests": tests, "made_by": {"command": command, **{n: facts[n] for n in ("gpu", "triton")}}}
-    write(file, found)
-    return found
-
-
-def write(file: Path, content: dict) -> None:
-    """As JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def file_of(gpu: str) -> Path:
     """benchmarks/results/<gpu>-<date>.json."""
     name = re.sub("[^a-z0-9.]+", "-", gpu.lower()).strip("-")
@@ -268,12 +230,8 @@ def begun(facts: dict, resume: bool) -> Path:
 
     Raises: CannotBegin where there is none, or what it has shown may no longer hold.
     """
-    note, of_sources = LOGS / "begun.json", hashlib.sha256()
-    for name in SOURCES:
-        inside = [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*.*")
-        for source in sorted(f for f in inside if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")):
-            of_sources.update(source.read_bytes())
-    now = {n: facts[n] for n in ("gpu", "torch", "triton")} | {"sources": of_sources.hexdigest()}
+    note = LOGS / "begun.json"
+    now = {n: facts[n] for n in ("gpu", "torch", "triton")} | {"sources": digest_of_sources(ROOT)}
     if not resume:
         shutil.rmtree(LOGS, ignore_errors=True)
         file = file_of(facts["gpu"])

@@ -5,6 +5,7 @@ reference is right by luck, and what is wrong is wrong by much more.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import cycle, islice
 
 import pytest
@@ -17,7 +18,7 @@ from fastlm._op import OPS
 from fastlm.testing import ptxsim
 from fastlm.testing.cases import DTYPES, SEEDS, Draw
 from fastlm.testing.cases.drawn import cotangents, drawn
-from fastlm.testing.compare import device_of, judge, leaves, moved, run
+from fastlm.testing.compare import device_of, moved, verdicts
 
 OFTEN, OF_THE_CPU, ALL = (
     2,
@@ -51,18 +52,8 @@ def test_kernel_is_right_in_a_case_that_was_drawn(name, backend, arch, number, d
                 getattr(ops, name)(**draws[0], backend=backend)
             assert str(error.value) == refusal
             return
-        found = _verdicts(getattr(ops, name), draws, wanted, backend, number)
+        found = verdicts(getattr(ops, name), draws, wanted, backend, partial(cotangents, name, number))
     assert all(v.ratio <= 2 for v in found), "\n".join(map(str, found))
-
-
-def _verdicts(op, draws, wanted, backend, number):
-    results = []
-    for inputs in draws:
-        weights = cotangents(op.__name__, number, run(op, inputs, backend="reference").values())
-        given = (leaves(inputs, wanted), leaves(inputs, wanted), leaves(inputs, wanted, torch.float64))
-        sides = (backend, "reference", "reference")
-        results.append([run(op, i, weights, backend=s) for i, s in zip(given, sides, strict=True)])
-    return [judge(n, *(torch.stack([r[i][n] for r in results]) for i in range(3))) for n in results[0][0]]
 
 
 def test_a_number_is_the_same_case_everywhere():

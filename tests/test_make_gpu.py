@@ -22,6 +22,7 @@ FACTS |= {"torch": "2.13.0", "triton": "3.8.0", "pip": True}
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     """The script as a module, writing below tmp_path."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that lies there
     spec = importlib.util.spec_from_file_location("make_gpu", ROOT / "benchmarks" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "make_gpu", module)

@@ -3,7 +3,7 @@
 max|got - ref64| <= 2 * max|low - ref64| + eps(dtype) * max(1, max|ref64|), for values and for gradients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -158,17 +158,24 @@ def run(op: Callable, inputs: dict, cotangents: list[Tensor] | None = None, **op
 
 
 def verdicts(
-    op: Callable, draws: Sequence[dict], differentiable: tuple[str, ...], backend: str
+    op: Callable,
+    draws: Sequence[dict],
+    differentiable: tuple[str, ...],
+    backend: str,
+    cotangents_for: Callable[[Collection[Tensor]], list[Tensor]] | None = None,
 ) -> list[Verdict]:
     """Judges every output and gradient of op(**inputs, backend=backend) by the 2x rule.
 
     draws: inputs of one shape from several seeds, judged as one sample: of a few numbers alone the reference
     may be right by luck (over 25 seeds the attention kernel's errors have the reference's size, rms 0.85-1.07
     of it, and yet single draws came out at 1.15 of what is allowed, and three together at 1.23).
+    cotangents_for: the reference's outputs -> run's cotangents.
     """
     results = []
     for inputs in draws:
         cotangents: list[Tensor] = []
+        if cotangents_for is not None:
+            cotangents = cotangents_for(outputs_of(op, inputs, backend="reference"))
         got = run(op, leaves(inputs, differentiable), cotangents, backend=backend)
         low = run(op, leaves(inputs, differentiable), cotangents, backend="reference")
         ref = run(op, leaves(inputs, differentiable, torch.float64), cotangents, backend="reference")
